@@ -185,16 +185,21 @@ class MiniVLMConfig(PreTrainedConfig):
         return self.vision_feature_layer + (layers + 1 if self.vision_feature_layer < 0 else 0)
 
     def validate_architecture(self):
-        vision, vocab_size = self.vision_config, self.text_config.vocab_size
+        vision, text = self.vision_config, self.text_config
         missing = [name for name in ("image_size", "patch_size", "num_hidden_layers") if not hasattr(vision, name)]
         if missing:
             raise ValueError(
                 f"`vision_config` of type {vision.model_type!r} has no {', '.join(missing)}: it is not a vision "
                 "transformer. Use a CLIP, SigLIP, DINO or ViT vision configuration."
             )
-        if not 0 <= self.image_token_id < vocab_size:
+        if not hasattr(text, "vocab_size"):
             raise ValueError(
-                f"`image_token_id`={self.image_token_id} is outside the vocabulary of {vocab_size} entries. "
+                f"`text_config` of type {text.model_type!r} has no vocab_size: it is not a causal decoder. Use the "
+                "configuration of a language model, or the `text_config` of a multimodal one."
+            )
+        if not 0 <= self.image_token_id < text.vocab_size:
+            raise ValueError(
+                f"`image_token_id`={self.image_token_id} is outside the vocabulary of {text.vocab_size} entries. "
                 "Add the image token to the tokenizer and resize the embeddings, or correct the id."
             )
         if not 1 <= self.num_vision_layers <= vision.num_hidden_layers:

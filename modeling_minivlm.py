@@ -7,7 +7,6 @@ picture, I image tokens of a picture, V width of the tower, D width of the decod
 heads, h width of a head.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -277,17 +276,21 @@ def build_vision_tower(config: MiniVLMConfig) -> PreTrainedModel:
 
     A part that is built but not used gets no gradient, which hangs distributed training, and costs time for nothing.
     """
-    vision_config = deepcopy(config.vision_config)
-    vision_config.num_hidden_layers = config.num_vision_layers
-    tower = AutoModel.from_config(vision_config)
+    tower = AutoModel.from_config(config.vision_config)
+    depth = config.vision_config.num_hidden_layers
+    blocks = next(m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    del blocks[config.num_vision_layers :]
     unused = ["head", "pooler"]
     # CLIP's final norm acts on the pooled class token alone; in other towers it acts on the output that is read.
-    if config.vision_feature_layer is not None or vision_config.model_type == "clip_vision_model":
+    if config.vision_feature_layer is not None or config.vision_config.model_type == "clip_vision_model":
         unused += ["post_layernorm", "layernorm", "norm"]
-    for module in (tower, getattr(tower, "vision_model", tower)):  # before transformers 5.20 CLIP nests `vision_model`
-        for name in unused:
-            if isinstance(getattr(module, name, None), nn.Module):
-                setattr(module, name, nn.Identity())
+    for name in unused:
+        if isinstance(getattr(tower, name, None), nn.Module):
+            setattr(tower, name, nn.Identity())
+    for module in tower.modules():  # DINO's mask token serves its own pretraining: kept, but as nothing that learns
+        if isinstance(mask_token := getattr(module, "mask_token", None), nn.Parameter):
+            del module.mask_token
+            module.register_buffer("mask_token", mask_token.data)
     return tower
 
 
@@ -435,6 +438,7 @@ class MiniVLMForConditionalGeneration(MiniVLMPreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -443,6 +447,8 @@ class MiniVLMForConditionalGeneration(MiniVLMPreTrainedModel, GenerationMixin):
 
         Args:
             pixel_values: all pictures of the batch in reading order, (N, 3, H, W).
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`. `generate` looks for the
+                name: with it, beams and returned sequences repeat the pictures row by row, not picture by picture.
             logits_to_keep: compute logits for the last so many positions, or for the given indices; 0 is all.
             num_items_in_batch: divide the summed loss by this count, e.g. the answer tokens of all ranks.
 
@@ -456,6 +462,7 @@ class MiniVLMForConditionalGeneration(MiniVLMPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep

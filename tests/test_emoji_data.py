@@ -1,0 +1,318 @@
+"""The embedded data set and its builder: what the files of data/ promise, and the rules that the builder keeps."""
+
+import io
+import json
+import random
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+pytest.importorskip("resvg_py")
+
+from scripts import prepare_emoji
+from scripts.emoji_pictures import BACKGROUNDS, choose_ground, draw_single, look
+from scripts.emoji_questions import CATEGORIES, COLORS, PHRASES, POSITIONS, Concept, confusable, only_left
+
+DATA = Path(__file__).parent.parent / "data"
+FILES = ("train", "train_scenes", "dev", "test", "test_compositions")
+STYLES = {
+    "train": set(prepare_emoji.TRAIN_STYLES),
+    "train_scenes": set(prepare_emoji.TRAIN_STYLES),
+    "dev": {"fxemoji"},
+    "test": {"twemoji"},
+    "test_compositions": set(prepare_emoji.TRAIN_STYLES),
+}
+CANONICAL = {  # as a pattern; the table of questions in data/README.md
+    ("caption", "en"): r"Describe this picture\.",
+    ("caption", "zh"): r"描述这张图片。",
+    ("name", "en"): r"What is this\? Answer with the name\.",
+    ("name", "zh"): r"这是什么？只回答名称。",
+    ("category", "en"): r"Which category does it belong to\?",
+    ("category", "zh"): r"它属于哪一类？",
+    ("choice", "en"): r"Which one is it: .+, .+, .+ or .+\?",
+    ("choice", "zh"): r"它是哪一个：.+、.+、.+、.+？",
+    ("yes_no", "en"): r"(Is this (an? )?|Are these )[^?]+\? Answer yes or no\.",
+    ("yes_no", "zh"): r"这是.+吗？回答是或否。",
+    ("colour", "en"): r"What is its main color\?",
+    ("colour", "zh"): r"它的主要颜色是什么？",
+    ("count", "en"): r"How many things are in the picture\?",
+    ("count", "zh"): r"图片里一共有几个东西？",
+    ("count_kind", "en"): r'How many times does ".+" appear\?',
+    ("count_kind", "zh"): r"“.+”出现了几次？",
+    ("exists", "en"): r"(Is there (an? )?|Are there ).+ in the picture\?",
+    ("exists", "zh"): r"图片里有.+吗？",
+    ("where", "en"): r"Where (is|are) (the )?.+\?",
+    ("where", "zh"): r".+在哪里？",
+    ("left_of", "en"): r"What is to the left of (the )?.+\?",
+    ("left_of", "zh"): r".+的左边是什么？",
+    ("background", "en"): r"What color is the background\?",
+    ("background", "zh"): r"背景是什么颜色？",
+}
+
+
+@cache
+def table(name: str) -> pa.Table:
+    return pq.read_table(DATA / f"{name}.parquet", read_dictionary=["image_bytes"])
+
+
+@cache
+def rows(name: str) -> list[tuple]:
+    """(task, language, style, concept, question, answer) of every row."""
+    found = []
+    for row in table(name).drop_columns("image_bytes").to_pylist():
+        user, assistant = json.loads(row["conversations"])
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        marker, question = user["content"].split("\n")
+        assert marker == "<image>" and "<image>" not in question
+        found.append((row["task"], row["language"], row["style"], row["concept"], question, assistant["content"]))
+    return found
+
+
+def pictures(name: str) -> set[bytes]:
+    return {value for chunk in table(name)["image_bytes"].chunks for value in chunk.dictionary.to_pylist()}
+
+
+def test_files_are_small_and_have_the_columns_of_minimind_v():
+    assert sum((DATA / f"{name}.parquet").stat().st_size for name in FILES) <= 20e6
+    for name in FILES:
+        schema = pq.read_schema(DATA / f"{name}.parquet")
+        assert tuple(schema.names) == prepare_emoji.COLUMNS
+        assert schema.field("image_bytes").type == pa.binary() and schema.field("conversations").type == pa.string()
+        assert all(column.null_count == 0 for column in table(name).columns)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_question_per_row_and_every_answer_is_of_its_kind(name):
+    allowed = {
+        ("yes_no", "en"): {"yes", "no"},
+        ("yes_no", "zh"): {"是", "否"},
+        ("count", "en"): set("12345"),
+        ("count_kind", "en"): set("123"),
+    }
+    for which, language in enumerate(("en", "zh")):
+        allowed["category", language] = {pair[which] for pair in CATEGORIES.values()}
+        allowed["where", language] = {pair[which] for pair in POSITIONS.values()}
+        colors = set(COLORS) if language == "en" else set(COLORS.values())
+        allowed["colour", language] = allowed["background", language] = colors
+        allowed["exists", language] = allowed["yes_no", language]
+        allowed["count", language], allowed["count_kind", language] = set("12345"), set("123")
+    for task, language, _, _, question, answer in rows(name):
+        assert answer in allowed.get((task, language), {answer}) and answer == answer.strip() != "", (question, answer)
+        assert (language == "en") == question.isascii() or "ñ" in question, (language, question)
+        if language == "en" and task in ("name", "choice", "left_of"):
+            assert answer == answer.lower()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_picture_is_128_by_128_and_opaque(name):
+    for data in pictures(name):
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+        assert (picture.format, picture.mode, picture.size) == ("WEBP", "RGB", (128, 128))
+
+
+def test_a_picture_is_stored_once_per_row_group():
+    for name in FILES:
+        metadata = pq.ParquetFile(DATA / f"{name}.parquet").metadata
+        column = prepare_emoji.COLUMNS.index("image_bytes")
+        stored = sum(
+            metadata.row_group(i).column(column).total_uncompressed_size for i in range(metadata.num_row_groups)
+        )
+        assert stored < 1.1 * sum(map(len, pictures(name)))
+
+
+def test_no_style_and_no_picture_is_in_training_and_in_a_test_of_styles():
+    for name in FILES:
+        assert {row[2] for row in rows(name)} == STYLES[name]
+    training = STYLES["train"] | STYLES["train_scenes"]
+    assert not training & (STYLES["dev"] | STYLES["test"]) and not STYLES["dev"] & STYLES["test"]
+    seen = pictures("train") | pictures("train_scenes")
+    assert not any(seen & pictures(name) for name in ("dev", "test", "test_compositions"))
+
+
+def test_new_compositions_are_made_of_things_that_no_training_scene_shows_or_names():
+    seen = {slug for row in rows("train_scenes") for slug in row[3].split(",")}
+    unseen = {slug for row in rows("test_compositions") for slug in row[3].split(",")}
+    known = {row[3] for row in rows("train")}
+    assert not seen & unseen and unseen <= known
+    assert 0.12 < 1 - len(seen) / len(known) < 0.18
+    names = {row[3]: row[5] for row in rows("train") if row[0] == "name" and row[1] == "zh"}
+    asked = {row[4] for row in rows("train_scenes") if row[1] == "zh" and row[0] == "exists"}
+    pattern = [p.replace("{x}", "(.+)") for p in PHRASES["exists", "zh"]]
+    named = {m[1] for question in asked for p in pattern if (m := re.fullmatch(p, question))}
+    assert not named & {names[slug] for slug in unseen} and len(named) > 500
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_yes_and_no_are_balanced_in_each_language(name):
+    for task in {"yes_no", "exists"} & {row[0] for row in rows(name)}:
+        counts = Counter(row[5] for row in rows(name) if row[0] == task)
+        for yes, no in (("yes", "no"), ("是", "否")):
+            assert abs(counts[yes] - counts[no]) <= max(0.01 * (counts[yes] + counts[no]), 2), counts
+
+
+def test_no_word_gives_yes_or_no_away():
+    """A name asked for often enough must be a positive about half of the time."""
+    asked = Counter()
+    for task, language, _, _, question, answer in rows("train"):
+        if task == "yes_no" and language == "zh":
+            asked[re.sub("图中的|图片画的|你看到的|这|是或否：|是|吗.*", "", question), answer] += 1
+    share = [
+        asked[x, "是"] / (asked[x, "是"] + asked[x, "否"]) for x, _ in asked if asked[x, "是"] + asked[x, "否"] > 4
+    ]
+    assert len(share) > 500 and 0.4 < sum(share) / len(share) < 0.6
+
+
+@pytest.mark.parametrize("name", ("train", "dev", "test"))
+def test_a_choice_holds_its_answer_once_at_a_uniform_place(name):
+    places = Counter()
+    for task, language, _, _, question, answer in rows(name):
+        if task == "choice":
+            question = question.replace("play or pause", "play/pause")  # a name with an "or" of its own
+            if language == "zh":
+                options = re.split("[：。？]", question)[1].split("、")
+            else:
+                text = re.sub(r"^Is this |^[^:]*: |\? Answer with one of them\.$|[.?]$", "", question)
+                options = re.split(", | or ", text)
+            assert len(set(options)) == 4, question
+            places[options.index(answer.replace("play or pause", "play/pause"))] += 1
+    total = places.total()
+    assert set(places) == {0, 1, 2, 3} and max(places.values()) < 0.25 * total + 3 * (0.1875 * total) ** 0.5
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_canonical_questions_alone_in_evaluation_and_among_others_in_training(name):
+    asked = {}
+    for task, language, _, _, question, _ in rows(name):
+        asked.setdefault((task, language), Counter())[bool(re.fullmatch(CANONICAL[task, language], question))] += 1
+    for key, counts in asked.items():
+        if name.startswith("train"):
+            assert 0.2 < counts[True] / counts.total() < 0.45 and len(PHRASES[key]) >= 5, key
+        else:
+            assert counts[False] == 0, key
+
+
+@pytest.mark.parametrize("name", ("dev", "test"))
+def test_a_prefix_of_an_evaluation_file_is_a_fair_sample(name):
+    start, whole = (Counter(row[0] for row in found) for found in (rows(name)[:1000], rows(name)))
+    for task, count in whole.items():
+        expected = 1000 * count / whole.total()
+        assert abs(start[task] - expected) < 4 * expected**0.5 + 1, task
+
+
+def concept(en: str, zh: str = "某物", group: int = 7, subgroup: str = "other") -> Concept:
+    return Concept("0", en.replace(" ", "-"), en, zh, group, subgroup)
+
+
+def test_articles_follow_the_sound_and_plurals_have_none():
+    phrases = """a dog, an owl, a unicorn, an hourglass done, a one-piece swimsuit, an x-ray, an sos button, a ewe,
+        grapes, glasses, bread, a rhinoceros, a cactus, a person lifting weights, chopsticks, an umbrella,
+        an a button (blood type), a p button, an up! button, a euro banknote, people hugging, a compass, aries, skis"""
+    for phrase in re.split(r",\s+", phrases):
+        assert concept(re.sub("^an? (?=.)", "", phrase)).phrase == phrase
+
+
+def test_names_that_might_fit_both_things_are_not_set_against_each_other():
+    animals = {"group": 3, "subgroup": "animal-mammal"}
+    assert confusable(concept("dog", "狗", **animals), concept("dog face", "狗脸", **animals))
+    assert confusable(concept("poodle", "贵宾犬", **animals), concept("dog", "狗", **animals))
+    assert not confusable(concept("cat", "猫", **animals), concept("fox", "狐狸", **animals))
+    assert confusable(concept("bird", "鸟", 3, "animal-bird"), concept("parrot", "鹦鹉", 3, "animal-bird"))
+    woman, princess = concept("woman", "女人", 1, "person"), concept("princess", "公主", 1, "person-role")
+    assert confusable(woman, princess)
+
+
+def test_left_of_is_asked_only_where_one_thing_is_further_left():
+    a, b, c = (concept(name) for name in "abc")
+    assert only_left([(a, (2, 0, 0)), (b, (2, 0, 1))], (2, 0, 1)) is a
+    assert only_left([(a, (2, 0, 0)), (b, (2, 0, 1))], (2, 0, 0)) is None
+    assert only_left([(a, (2, 1, 0)), (b, (2, 0, 1))], (2, 0, 1)) is None  # lower left
+    assert only_left([(a, (3, 0, 0)), (b, (3, 0, 1)), (c, (3, 0, 2))], (3, 0, 2)) is None
+
+
+@pytest.mark.parametrize("color", BACKGROUNDS)
+def test_a_thing_stands_out_from_its_background_and_its_colour_is_known(color):
+    sprite = Image.new("RGBA", (100, 80), (*BACKGROUNDS[color][0], 255))
+    main, hidden = look(sprite)
+    assert main == color
+    for seed in range(30):
+        ground, shade, worst = choose_ground(random.Random(seed), [hidden])
+        assert ground != color and worst <= 1
+        assert len(draw_single(random.Random(seed), sprite, shade).getcolors(20_000)) > 1
+
+
+def make_packages(folder: Path) -> Path:
+    """Forty concepts drawn as coloured shapes, in the formats of the nine npm packages."""
+    modules, names = folder / "node_modules", [f"{a}{b}" for a in "bdfgklmp" for b in ("an", "et", "il", "op", "um")]
+    codes = {name: f"1F{i:03X}" for i, name in enumerate(names, 0x300)}
+
+    def save(path: str, value) -> None:
+        (modules / path).parent.mkdir(parents=True, exist_ok=True)
+        (modules / path).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+    for package, version in prepare_emoji.PACKAGES.items():
+        save(f"{package}/package.json", {"version": version})
+    for turn, package in enumerate(prepare_emoji.ICON_SETS.values()):
+        icons = {}
+        for i, name in enumerate(names):
+            fill, radius = f"#{(i * 5003 + turn * 71) % 4096:03x}", 4 + i % 9
+            icons[name] = {"body": f'<rect x="2" y="3" width="{20 + i % 8}" height="24" rx="{radius}" fill="{fill}"/>'}
+        save(f"{package}/icons.json", {"icons": icons, "width": 32, "height": 32})
+        save(f"{package}/chars.json", {codes[name].lower(): name for name in names})
+    (modules / "@lobehub/fluent-emoji-3d/assets").mkdir(parents=True)
+    for i, name in enumerate(names):
+        picture = Image.new("RGBA", (60, 40 + i), (i * 6, 250 - i * 5, 90, 255))
+        picture.save(modules / f"@lobehub/fluent-emoji-3d/assets/{codes[name].lower()}.webp", lossless=True)
+    for language in ("en", "zh"):
+        short = names if language == "en" else [chr(0x4E00 + i) for i in range(len(names))]
+        tts = {chr(int(codes[name], 16)): {"tts": [label]} for name, label in zip(names, short)}
+        save(f"cldr-annotations-full/annotations/{language}/annotations.json", {"annotations": {"annotations": tts}})
+    groups = list(CATEGORIES)
+    entries = [
+        {"hexcode": code, "emoji": chr(int(code, 16)), "group": groups[i // 5], "subgroup": i}
+        for i, code in enumerate(codes.values())
+    ]
+    save("emojibase-data/en/data.json", entries)
+    save("emojibase-data/meta/groups.json", {"subgroups": {str(i): f"s{i}" for i in range(len(names))}})
+    save("emojibase-data/meta/unicode-names.json", {})
+    return folder
+
+
+def test_builder_writes_the_same_bytes_for_the_same_seed(tmp_path):
+    packages = make_packages(tmp_path / "packages")
+
+    def build(output: str, seed: int) -> dict[str, bytes]:
+        arguments = [
+            "--packages",
+            packages,
+            "--output",
+            tmp_path / output,
+            "--seed",
+            seed,
+            "--scenes",
+            10,
+            "--eval-scenes",
+            6,
+        ]
+        prepare_emoji.build(prepare_emoji.parse_args([str(argument) for argument in arguments]))
+        return {name: (tmp_path / output / f"{name}.parquet").read_bytes() for name in FILES}
+
+    first, again, other = build("first", 0), build("again", 0), build("other", 1)
+    assert first == again
+    assert all(first[name] != other[name] for name in FILES)
+    held_out = pq.read_table(tmp_path / "first/test_compositions.parquet")["concept"].to_pylist()
+    seen = pq.read_table(tmp_path / "first/train_scenes.parquet")["concept"].to_pylist()
+    assert not {c for row in held_out for c in row.split(",")} & {c for row in seen for c in row.split(",")}
+
+
+def test_a_package_of_another_version_is_refused(tmp_path):
+    packages = make_packages(tmp_path)
+    (packages / "node_modules/@iconify-json/noto/package.json").write_text('{"version": "0.1"}')
+    with pytest.raises(SystemExit, match="0.1, 1.2.9 is pinned"):
+        prepare_emoji.find_packages(packages)

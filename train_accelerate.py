@@ -1,0 +1,462 @@
+"""Train MiniVLM on one or more devices: `accelerate launch train_accelerate.py --recipe recipes/X.yaml`.
+
+Options come from this file's defaults, then the recipe, then the command line. The result is a folder that
+`from_pretrained` loads, with the options and versions of the run, its metrics and its checkpoints beside it.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+
+import accelerate
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, CLIPImageProcessorPil, HfArgumentParser
+
+from configuration_minivlm import MiniVLMConfig
+from data_minivlm import (
+    IGNORE,
+    Encoder,
+    GlobalBatchSampler,
+    PackingCollator,
+    PaddingCollator,
+    TrainingRows,
+    describe_bad_rows,
+    load_rows,
+)
+from modeling_minivlm import MiniVLMForConditionalGeneration
+from processing_minivlm import MiniVLMProcessor
+
+PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "text": ""}  # text: the rest
+
+
+def option(default, text, **kwargs):
+    """A command-line option; its help text carries the unit."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **kwargs})
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass
+class TrainArgs:
+    model: str | None = option(None, "Folder or Hub id to start from. Left out: random weights from model_config.")
+    model_config: str | None = option(None, "MiniVLMConfig of a model from scratch: a mapping in a recipe, or JSON.")
+    tokenizer: str = option(".", "Folder or Hub id of tokenizer and chat template for a model from scratch.")
+    data: list[str] = option(["data/train.parquet"], "Parquet files, folders or globs to train on.")
+    eval_data: list[str] = option([], "Parquet files to answer after training; exact match is reported.")
+    eval_limit: int = option(2000, "Rows of eval_data to answer.")
+    output_dir: str = option("runs/train", "Folder for checkpoints, the log and the final model.")
+    train: list[str] = option(["vision", "projector", "text"], "Parts that learn: vision, projector, text.")
+    epochs: float = option(1.0, "Passes over the data, if neither max_steps nor max_minutes is given.")
+    max_steps: int | None = option(None, "Optimizer steps, whatever the number of ranks.")
+    max_minutes: float | None = option(None, "Stop after so many minutes; the learning rate decays over them.")
+    batch_size: int = option(64, "Rows per optimizer step, over all ranks and micro-batches.")
+    micro_batch_size: int = option(64, "Rows that one rank puts through the model at once.")
+    max_length: int = option(1024, "Longest row in tokens, pictures included. A longer row counts as a bad one.")
+    packing: bool = option(False, "Concatenate the rows of a micro-batch instead of padding them.")
+    augment: bool = option(False, "Shift, scale, tilt and tint the pictures a little.")
+    optimizer: str = option("adamw", "adamw, or muon (matrices of blocks by Muon, everything else by AdamW).")
+    learning_rate: float = option(1e-3, "Learning rate after warm-up; it decays linearly to zero.")
+    warmup: float = option(0.03, "Share of the run over which the learning rate rises.")
+    weight_decay: float = option(0.05, "Decoupled weight decay of matrices; norms, biases and embeddings have none.")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this global norm.")
+    mixed_precision: str = option("auto", "bf16, fp16, no, or auto: bf16 where the device computes in it.")
+    attn_implementation: str = option("sdpa", "eager, sdpa, flex_attention or flash_attention_2.")
+    compile: bool = option(False, "Compile the blocks of tower and decoder (needs a C++ compiler on CPU).")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    workers: int = option(1, "Processes that read and encode rows, per rank. 0: in the training process.")
+    max_bad_rows: float = option(0.001, "Share of rows that may be unusable before training stops.")
+    log_every: int = option(10, "Optimizer steps between lines of the log.")
+    save_every: int = option(500, "Optimizer steps between checkpoints.")
+    resume: bool = option(True, "Continue from the newest complete checkpoint in output_dir.")
+    seed: int = option(0, "Seed of weights, order and augmentation.")
+
+
+def parse_args(argv: list[str] | None = None) -> TrainArgs:
+    """Defaults < recipe < command line. An unknown recipe key is an error that names the nearest option."""
+    parser = HfArgumentParser(TrainArgs, description=__doc__)
+    parser.add_argument("--recipe", help="YAML file whose keys are the options below.")
+    path = parser.parse_known_args(argv)[0].recipe
+    if path:
+        if not Path(path).is_file():
+            parser.error(f"{path}: no such recipe. Recipes are in recipes/: {', '.join(recipe_names())}.")
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        known = [f.name for f in fields(TrainArgs)]
+        for key in values.keys() - set(known):
+            near = get_close_matches(key, known, n=1)
+            parser.error(f"{path}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "."))
+        parser.set_defaults(**values)  # argparse converts the string that YAML makes of `1e-5`
+    options = vars(parser.parse_args(argv))
+    options.pop("recipe")
+    args = TrainArgs(**options)
+    if isinstance(args.model_config, str):
+        args.model_config = yaml.safe_load(args.model_config)
+    for part in args.train:
+        if part not in PARTS:
+            parser.error(f"--train {part}: no such part. Parts are {', '.join(PARTS)}.")
+    if args.optimizer not in ("adamw", "muon"):
+        parser.error(f"--optimizer {args.optimizer}: not known. Use adamw or muon.")
+    if args.batch_size < 1 or args.micro_batch_size < 1:
+        parser.error(f"--batch_size {args.batch_size} and --micro_batch_size {args.micro_batch_size} must be 1 or more.")
+    return args
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.name for path in Path(__file__).with_name("recipes").glob("*.yaml"))
+
+
+# ------------------------------------------------------------------------------------------------- building
+
+
+def build(args: TrainArgs) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProcessor]:
+    """Make model and processor: from a checkpoint, or from scratch around the tokenizer's vocabulary."""
+    if args.model:
+        processor = MiniVLMProcessor.from_pretrained(args.model)
+        model = MiniVLMForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
+        model.set_attn_implementation(args.attn_implementation)
+        return model, processor
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    config = MiniVLMConfig(**(args.model_config or {}))
+    if config.text_config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"`vocab_size`={config.text_config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} entries. "
+            "Raise text_config.vocab_size in model_config."
+        )
+    model = MiniVLMForConditionalGeneration._from_config(config, attn_implementation=args.attn_implementation)
+    model.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model, build_processor(config, tokenizer)
+
+
+def build_processor(config: MiniVLMConfig, tokenizer) -> MiniVLMProcessor:
+    """CLIP's preprocessing at the tower's resolution, and as many image tokens as the model makes features."""
+    side = config.vision_config.image_size
+    # Squeezed, not cropped: what stands at the border of a picture can be asked about.
+    image_processor = CLIPImageProcessorPil(do_center_crop=False, size={"height": side, "width": side})
+    return MiniVLMProcessor(
+        image_processor,
+        tokenizer,
+        chat_template=tokenizer.chat_template,
+        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
+        image_seq_length=config.image_seq_length,
+    )
+
+
+def freeze(model: torch.nn.Module, train: list[str]) -> dict[str, list[torch.nn.Parameter]]:
+    """Let only the named parts learn; return the learning parameters of each part."""
+    trainable = {part: [] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        part = next(part for part, prefix in PARTS.items() if name.startswith(prefix))
+        parameter.requires_grad_(parameter.requires_grad and part in train)
+        if parameter.requires_grad:
+            trainable[part].append(parameter)
+    return trainable
+
+
+def check_gradients(model: torch.nn.Module) -> None:
+    """Stop if a part that should learn got no gradient, or one that should not got one."""
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    extra = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
+    if missing or extra:
+        raise RuntimeError(
+            f"After the first backward pass {len(missing)} parameters that should learn have no gradient "
+            f"({', '.join(missing[:5])}) and {len(extra)} frozen ones have one ({', '.join(extra[:5])})."
+        )
+
+
+def build_optimizers(model: torch.nn.Module, args: TrainArgs) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon (Jordan et al. 2024) for the matrices of the blocks beside AdamW for everything else."""
+    embedding = model.get_input_embeddings().weight
+    matrices, hidden, rest = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_block = ".layers." in name or ".layer." in name
+            kind = rest if parameter.ndim < 2 or parameter is embedding else hidden if is_block else matrices
+            kind.append(parameter)
+    muon = args.optimizer == "muon" and bool(hidden)
+    decayed = matrices if muon else matrices + hidden
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    optimizers = [torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)] if groups else []
+    if muon:  # scaled so that one learning rate suits both (arXiv 2502.16982, section 2.2)
+        optimizers.append(
+            torch.optim.Muon(
+                hidden, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    if not optimizers:
+        raise ValueError(f"Nothing is left to train: --train {' '.join(args.train)} names no parameter.")
+    return optimizers
+
+
+def compile_blocks(model: torch.nn.Module) -> None:
+    """Compile each block by itself: equal blocks share the compiled code, so start-up stays short."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            for block in module:
+                block.compile(dynamic=True)  # batches differ in length; compiled once for all of them
+
+
+def supports_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class State:
+    """What a checkpoint must restore beyond weights and optimizer; the data order follows from `step`."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    bad_rows: Counter = field(default_factory=Counter)
+
+    def state_dict(self) -> dict:
+        return {**asdict(self), "bad_rows": dict(self.bad_rows)}
+
+    def load_state_dict(self, values: dict) -> None:
+        self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]
+        self.bad_rows = Counter(values["bad_rows"])
+
+
+def progress(args: TrainArgs, state: State, max_steps: int, elapsed: float) -> float:
+    """Share of the run that is done, by steps or by time."""
+    if args.max_minutes is not None:
+        return min(1.0, elapsed / (60 * args.max_minutes))
+    return state.step / max_steps
+
+
+def schedule(done: float, warmup: float) -> float:
+    """Factor of the learning rate: linear warm-up, then linear decay to zero (arXiv 2502.15938)."""
+    return min(done / warmup, 1.0) * (1 - done) if warmup else 1 - done
+
+
+def train(accelerator, model, optimizers, loader, args, state, max_steps) -> None:
+    """Take optimizer steps until `max_steps` or `max_minutes`."""
+    model.train()
+    accumulation, steps_per_epoch = loader.batch_sampler.accumulation, loader.batch_sampler.steps_per_epoch
+    device, batches = accelerator.device, iter(loader)
+    bar = tqdm(total=max_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
+    log = open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
+    start, first_step = time.perf_counter() - state.seconds, state.step
+    window_tokens, window_start = 0, time.perf_counter()
+    while state.step < max_steps:
+        state.seconds = time.perf_counter() - start
+        done = progress(args, state, max_steps, state.seconds)
+        if accelerator.num_processes > 1 and args.max_minutes is not None:  # clocks differ, the decision must not
+            done = accelerator.reduce(torch.tensor(done, device=device), reduction="mean").item()
+        if done >= 1:
+            break
+        group = list(islice(batches, accumulation))
+        # Divide by the answer tokens of all ranks and micro-batches. A mean of micro-batch means would let a row with
+        # three answer tokens pull as hard as one with three hundred.
+        answers = sum((batch["shift_labels"] != IGNORE).sum() for batch in group).to(device)
+        answers = accelerator.reduce(answers, reduction="sum")
+        loss_sum = torch.zeros((), device=device)
+        for i, batch in enumerate(group):
+            count_bad_rows(state, batch.pop("bad_rows"), args, len(loader.dataset))
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            labels = batch["shift_labels"]
+            with nullcontext() if i == len(group) - 1 else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    loss = model(**batch, labels=labels, use_cache=False, num_items_in_batch=answers).loss
+                accelerator.backward(loss * accelerator.num_processes)  # undo the mean that DDP takes over ranks
+            loss_sum += loss.detach()
+            state.tokens += batch["input_ids"].numel() * accelerator.num_processes
+        if state.step == first_step:
+            check_gradients(accelerator.unwrap_model(model))
+        norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        for optimizer in optimizers:
+            for part in optimizer.param_groups:  # not accelerator.prepare(scheduler), which steps once per rank
+                part["lr"] = args.learning_rate * schedule(done, args.warmup)
+        loss = accelerator.reduce(loss_sum, reduction="sum").item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss} at step {state.step + 1}. Lower --learning_rate (now {args.learning_rate}) or use "
+                f"--mixed_precision no; the newest checkpoint is in {args.output_dir}."
+            )
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        state.step += 1
+        state.seconds = time.perf_counter() - start
+        bar.update(1)
+        if state.step % args.log_every == 0 or state.step == max_steps:
+            now = time.perf_counter()
+            rate = (state.tokens - window_tokens) / (now - window_start) if window_tokens else 0.0
+            window_tokens, window_start = state.tokens, now
+            if accelerator.is_main_process:
+                epoch = (state.step - 1) // steps_per_epoch + 1
+                left = state.seconds / max(done, 1e-9) * (1 - done) if args.max_minutes else None
+                bar.set_postfix_str(
+                    f"loss {loss:.3f}, {rate:,.0f} tokens/s" + (f", {left / 60:.1f} min left" if left else "")
+                )
+                bar.write(f"[Train Epoch {epoch}] step: {state.step}, loss: {loss:.4f}")
+                entry = {"step": state.step, "epoch": epoch, "loss": loss, "grad_norm": float(norm)}
+                entry |= {"lr": optimizers[0].param_groups[0]["lr"], "tokens_per_second": round(rate)}
+                print(json.dumps(entry), file=log, flush=True)
+        if state.step % args.save_every == 0 and state.step < max_steps:
+            save_checkpoint(accelerator, args, state)
+    bar.close()
+
+
+def count_bad_rows(state: State, bad_rows: list, args: TrainArgs, total: int) -> None:
+    for index, reason in bad_rows:
+        kind = reason.split(":")[0]
+        if kind not in state.bad_rows:
+            tqdm.write(f"row {index} is skipped: {reason}", file=sys.stderr)
+        state.bad_rows[kind] += 1
+    if state.bad_rows.total() > args.max_bad_rows * total:
+        raise ValueError(
+            f"{state.bad_rows.total()} bad rows of {total}, more than max_bad_rows={args.max_bad_rows:.2%}:\n"
+            f"{describe_bad_rows(state.bad_rows)}\nMend the data, or raise --max_bad_rows."
+        )
+
+
+# ---------------------------------------------------------------------------------------- checkpoints, results
+
+
+def save_checkpoint(accelerator: Accelerator, args: TrainArgs, state: State) -> None:
+    """Write the state beside the old one, rename it, mark it complete, and only then delete the old one."""
+    final = Path(args.output_dir) / f"checkpoint-{state.step:07d}"
+    partial = final.with_suffix(".partial")
+    accelerator.save_state(str(partial), safe_serialization=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        (final / "COMPLETE").touch()
+        for old in Path(args.output_dir).glob("checkpoint-*"):
+            if old != final:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def newest_checkpoint(output_dir: str) -> Path | None:
+    complete = [marker.parent for marker in Path(output_dir).glob("checkpoint-*/COMPLETE")]
+    return max(complete, default=None)
+
+
+def describe(accelerator: Accelerator, model, trainable: dict, args: TrainArgs, rows: int, max_steps: int) -> None:
+    """Print what runs where, and what learns."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"device {device} ({name}), {accelerator.num_processes} process(es), precision {accelerator.mixed_precision}")
+    if device.type == "cpu" and os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        value = os.environ["CUDA_VISIBLE_DEVICES"]
+        print(f"warning: CUDA_VISIBLE_DEVICES={value!r} is set and no GPU is visible; unset it to use one.")
+    print(f"{rows:,} rows, {args.batch_size} per step, {f'{max_steps:,} steps' if not args.max_minutes else f'{args.max_minutes} min'}")
+    print(f"{'part':<12}{'parameters':>14}{'learning':>14}")
+    for part, prefix in PARTS.items():
+        others = tuple(p for p in PARTS.values() if p and p != prefix)
+        total = sum(p.numel() for n, p in model.named_parameters() if n.startswith(prefix) and not (not prefix and n.startswith(others)))
+        print(f"{part:<12}{total:>14,}{sum(p.numel() for p in trainable[part]):>14,}")
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, if it is a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_run(args: TrainArgs, accelerator: Accelerator, state: State, metrics: dict) -> None:
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)} | {"python": sys.version.split()[0]}
+    run = {"options": asdict(args), "versions": versions, "commit": commit(), "device": str(accelerator.device)}
+    run |= {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision, "metrics": {k: v for k, v in metrics.items() if k != "answers"}}
+    run |= {"steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1)}
+    run |= {"bad_rows": dict(state.bad_rows)}
+    (Path(args.output_dir) / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Train by the options given; return the folder of the finished model."""
+    args = parse_args(argv)
+    rows = load_rows(args.data)  # before the model: a wrong path should not cost a download
+    eval_rows = load_rows(args.eval_data) if args.eval_data else None
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    precision = args.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if supports_bf16(PartialState().device) else "no"
+    accelerator = Accelerator(mixed_precision=precision, project_config=ProjectConfiguration(str(output)))
+    set_seed(args.seed)
+    model, processor = build(args)
+    trainable = freeze(model, args.train)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.compile:
+        compile_blocks(model)
+    optimizers = build_optimizers(model, args)
+    state = State()
+    accelerator.register_for_checkpointing(state)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    checkpoint = newest_checkpoint(args.output_dir) if args.resume else None
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        accelerator.print(f"continuing from {checkpoint}")
+    sampler = GlobalBatchSampler(
+        [len(str(text).encode()) for text in rows["conversations"]],
+        args.batch_size,
+        args.micro_batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        seed=args.seed,
+        start_step=state.step,
+    )
+    if args.max_minutes is not None:
+        max_steps = args.max_steps or sys.maxsize
+    else:
+        max_steps = args.max_steps or max(1, round(args.epochs * sampler.steps_per_epoch))
+    dataset = TrainingRows(rows, Encoder(processor, args.max_length), seed=args.seed, augment=args.augment)
+    collate = PackingCollator() if args.packing else PaddingCollator(processor.tokenizer.pad_token_id)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers)
+    if accelerator.is_main_process:
+        describe(accelerator, accelerator.unwrap_model(model), trainable, args, len(rows), max_steps)
+    train(accelerator, model, optimizers, loader, args, state, max_steps)
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(model)
+        final = output / "final"
+        model.save_pretrained(final)
+        processor.save_pretrained(final)
+        metrics = {}
+        if eval_rows is not None:
+            from scripts.evaluate import evaluate, print_table  # it imports the model's files as well
+
+            # From disk: what is scored is what was saved, and free of training's compiled graphs.
+            model = MiniVLMForConditionalGeneration.from_pretrained(final).to(accelerator.device)
+            metrics = evaluate(model, processor, eval_rows, limit=args.eval_limit)
+            print_table(metrics)
+        write_run(args, accelerator, state, metrics)
+        print(f"{state.step} steps in {state.seconds / 60:.1f} min; model in {final}")
+        if state.bad_rows:
+            print(f"skipped rows:\n{describe_bad_rows(state.bad_rows)}")
+    accelerator.end_training()
+    return output / "final"
+
+
+if __name__ == "__main__":
+    main()
