@@ -1,6 +1,6 @@
 """Rows of pictures and conversations, from a file to the tensors that the model trains on.
 
-    parquet row -> adapter -> {"images", "messages"} -> encode -> token ids, labels, pixels -> collator -> batch
+    parquet row -> adapter -> {"images", "messages"} -> Encoder -> token ids, labels, pixels -> collator -> batch
 
 Labels come from the chat template's `{% generation %}` blocks: the assistant's words and the end token, nothing else.
 Whatever is random about a row is a function of (seed, epoch, row index), so a resumed run sees what it would have seen.
@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
+import pyarrow
 import torch
 from datasets import Dataset, concatenate_datasets
 from PIL import Image, ImageEnhance
+from pyarrow import parquet
 from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 
@@ -47,15 +49,15 @@ def load_rows(sources: list[str]) -> Dataset:
             raise FileNotFoundError(f"{source}: no such parquet file, folder with parquet files, or glob.")
         for file in files:
             try:
-                part = Dataset.from_parquet(file)
-            except Exception as error:  # pyarrow and datasets each raise several classes for an unreadable file
+                metadata = parquet.read_metadata(file)
+            except (pyarrow.ArrowInvalid, OSError) as error:
                 raise ValueError(f"{file}: not a readable parquet file ({error}).") from error
-            find_adapter(part.column_names, file)
-            parts.append(part)
-    rows = concatenate_datasets(parts)
-    if not len(rows):
+            find_adapter(metadata.schema.to_arrow_schema().names, file)
+            if metadata.num_rows:
+                parts.append(Dataset.from_parquet(file))
+    if not parts:
         raise ValueError(f"{', '.join(sources)}: no rows. Training needs at least one.")
-    return rows
+    return concatenate_datasets(parts)
 
 
 # -------------------------------------------------------------------------------------------------- adapters
@@ -189,8 +191,8 @@ class Encoder:
                 i += 1
         return [ids[i] for i in kept], [mask[i] for i in kept]
 
-    def __call__(self, row: dict, rng: random.Random | None = None) -> dict[str, torch.Tensor]:
-        """Encode one row; `rng` switches augmentation on.
+    def __call__(self, row: dict, rng: random.Random | None = None, pictures: bool = True) -> dict[str, torch.Tensor]:
+        """Encode one row; `rng` switches augmentation on, `pictures=False` leaves the pictures undecoded.
 
         Returns:
             `input_ids` and `labels` (T,), `pixel_values` (N, 3, H, W), N the pictures of the row (0 for text only).
@@ -209,7 +211,7 @@ class Encoder:
             raise BadRow(f"{len(ids)} tokens, more than max_length={self.max_length}")
         if all(label == IGNORE for label in labels[1:]):
             raise BadRow("no answer tokens: the conversation has no assistant turn with words in it")
-        images = [decode_image(image) for image in row["images"]]
+        images = [decode_image(image) for image in row["images"]] if pictures else []
         if rng is not None:
             images = [augment(image, rng) for image in images]
         if images:
@@ -219,9 +221,41 @@ class Encoder:
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
 
 
+def share_prefix(samples: list[dict], image_token_id: int) -> dict[str, torch.Tensor]:
+    """Join rows that begin with the same picture into one: the picture once, then every row's own words as a branch.
+
+    A branch attends to the common beginning and to itself, and its positions go on from the beginning, so each row's
+    logits are those that it would have alone. Eight questions about a picture then cost the picture once.
+
+    Returns:
+        `input_ids`, `labels`, `position_ids` and `branch` (T,): 0 in the common part, k in the k-th row's own;
+        `pixel_values` of the first row.
+    """
+    first = samples[0]
+    is_image = (first["input_ids"] == image_token_id).nonzero()
+    shared = int(is_image[-1]) + 1 if len(samples) > 1 else 0
+    parts = {"input_ids": [first["input_ids"][:shared]], "labels": [first["labels"][:shared]]}
+    lengths = [shared]
+    for sample in samples:
+        for key, pieces in parts.items():
+            pieces.append(sample[key][shared:])
+        lengths.append(len(sample["input_ids"]) - shared)
+    positions = [torch.arange(shared)] + [shared + torch.arange(length) for length in lengths[1:]]
+    return {
+        **{key: torch.cat(pieces) for key, pieces in parts.items()},
+        "position_ids": torch.cat(positions),
+        "branch": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        "pixel_values": first["pixel_values"],
+    }
+
+
 @dataclass
 class TrainingRows(torch.utils.data.Dataset):
-    """Encoded rows by (epoch, index). A bad row is replaced by the next good one, and the loss of it reported."""
+    """Encoded rows by (epoch, indices): the indices of one row, or of several rows about the same picture.
+
+    A bad row is left out, and if no row is left the next good one of the data takes their place; `bad_rows` of the
+    sample lists index and reason of each.
+    """
 
     rows: Dataset
     encoder: Encoder
@@ -235,55 +269,78 @@ class TrainingRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, index = key
-        bad = []
-        for attempt in range(100):
-            i = (index + attempt) % len(self.rows)
-            rng = random.Random(f"{self.seed}/{epoch}/{index}") if self.augment else None
+    def __getitem__(self, key: tuple[int, tuple[int, ...]]) -> dict:
+        epoch, indices = key
+        bad, samples, image_token_id = [], [], self.encoder.processor.image_token_id
+        spare = ((indices[-1] + i) % len(self.rows) for i in range(1, 100))
+        for index in indices:
+            samples += self._encode(index, f"{self.seed}/{epoch}/{indices[0]}", bad, pictures=not samples)
+        while not samples:
+            if (index := next(spare, None)) is None:
+                raise ValueError(f"{len(bad)} bad rows in a row, from row {bad[0][0]} ({bad[0][1]}) to {bad[-1][0]}.")
+            samples += self._encode(index, f"{self.seed}/{epoch}/{index}", bad)
+        return {**share_prefix(samples, image_token_id), "bad_rows": bad}
+
+    def _encode(self, index: int, seed: str, bad: list, pictures: bool = True) -> list[dict]:
+        try:
             try:
-                try:
-                    row = self.adapter(self.rows[i])
-                except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
-                    raise BadRow(f"not in the form of {self.adapter.__name__}: {type(error).__name__}: {error}") from error
-                return {**self.encoder(row, rng), "bad_rows": bad}
-            except BadRow as error:
-                bad.append((i, str(error)))
-        raise ValueError(f"100 bad rows in a row, from row {bad[0][0]} ({bad[0][1]}) to {bad[-1][0]} ({bad[-1][1]}).")
+                row = self.adapter(self.rows[index])
+            except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
+                reason = f"not in the form of {self.adapter.__name__}: {type(error).__name__}: {error}"
+                raise BadRow(reason) from error
+            return [self.encoder(row, random.Random(seed) if self.augment else None, pictures)]
+        except BadRow as error:
+            bad.append((index, str(error)))
+            return []
 
 
 # -------------------------------------------------------------------------------------------------- batches
 
 
-class GlobalBatchSampler(Sampler):
-    """Yield this rank's micro-batches of (epoch, index), the same global batches whatever the number of ranks.
+def rows_by_picture(rows: Dataset, most: int) -> list[tuple[int, ...]]:
+    """Group rows whose picture is the same, byte for byte, into units of at most `most` rows of like number."""
+    groups: dict[int, list[int]] = {}
+    for index, image in enumerate(rows["image_bytes"]):
+        groups.setdefault(hash(image if isinstance(image, bytes) else tuple(image)), []).append(index)
+    units = []
+    for group in groups.values():
+        pieces = -(-len(group) // most)
+        units += [tuple(group[i::pieces]) for i in range(pieces)]
+    return units
 
-    An epoch is shuffled by (seed, epoch) and cut into global batches of rows of like length, which leaves little
-    padding. Each is dealt to ranks and micro-batches in turn. Rows that do not fill the last global batch of an epoch
+
+class GlobalBatchSampler(Sampler):
+    """Yield this rank's micro-batches of (epoch, indices), the same global batches whatever the number of ranks.
+
+    An epoch is shuffled by (seed, epoch) and cut into global batches of units of like length, which leaves little
+    padding. Each is dealt to ranks and micro-batches in turn. Units that do not fill the last global batch of an epoch
     wait for the next epoch's shuffle.
 
     Args:
-        lengths: a number per row that grows with its tokens.
-        batch_size: rows of one optimizer step, over all ranks and micro-batches.
-        micro_batch_size: rows that one rank puts through the model at once.
+        units: what is drawn as one, each the indices of its rows.
+        lengths: a number per unit that grows with its tokens.
+        batch_size: units of one optimizer step, over all ranks and micro-batches.
+        micro_batch_size: units that one rank puts through the model at once.
         start_step: optimizer steps already taken; nothing before them is read.
     """
 
     WINDOW = 32  # global batches that are sorted by length together
 
-    def __init__(self, lengths, batch_size, micro_batch_size, rank=0, world_size=1, seed=0, start_step=0):
-        if len(lengths) < batch_size:
+    def __init__(self, units, lengths, batch_size, micro_batch_size, rank=0, world_size=1, seed=0, start_step=0):
+        if len(units) < batch_size:
             raise ValueError(
-                f"The data has {len(lengths)} rows, fewer than batch_size={batch_size}. Lower --batch_size."
+                f"The data has {len(units)} rows (or groups of rows), fewer than batch_size={batch_size}. "
+                "Lower --batch_size."
             )
         if batch_size % world_size:
             raise ValueError(f"batch_size={batch_size} does not divide by {world_size} ranks. Use a multiple.")
-        self.lengths, self.batch_size, self.seed, self.start_step = lengths, batch_size, seed, start_step
-        self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
-        self.steps_per_epoch = len(lengths) // batch_size
+        self.units, self.lengths, self.batch_size = units, lengths, batch_size
+        self.seed, self.start_step = seed, start_step
+        self.rank, self.world_size = rank, world_size
+        self.steps_per_epoch = len(units) // batch_size
         self.accumulation = -(-batch_size // (world_size * micro_batch_size))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
         step = self.start_step
         while True:
             epoch = step // self.steps_per_epoch
@@ -291,13 +348,13 @@ class GlobalBatchSampler(Sampler):
             for batch in batches[step % self.steps_per_epoch :]:
                 mine = batch[self.rank :: self.world_size]
                 for i in range(self.accumulation):
-                    yield [(epoch, index) for index in mine[i :: self.accumulation]]
+                    yield [(epoch, self.units[unit]) for unit in mine[i :: self.accumulation]]
                 step += 1
 
     def epoch_batches(self, epoch: int) -> list[list[int]]:
-        """The global batches of an epoch as row indices."""
+        """The global batches of an epoch as positions in `units`."""
         rng = random.Random(f"{self.seed}/{epoch}")
-        order = list(range(len(self.lengths)))
+        order = list(range(len(self.units)))
         rng.shuffle(order)
         order = order[: self.steps_per_epoch * self.batch_size]
         window, batches = self.WINDOW * self.batch_size, []
@@ -308,33 +365,54 @@ class GlobalBatchSampler(Sampler):
         return batches
 
 
-def _gather(samples: list[dict]) -> tuple[torch.Tensor | None, list]:
-    """All pictures of the samples in reading order, (N, 3, H, W) or None, and the bad rows met on the way."""
+def _finish(batch: dict, labels: torch.Tensor, samples: list[dict]) -> dict:
+    """Add what both collators share: the positions that predict answers and the answers, pictures, bad rows."""
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, T): what each position predicts
+    batch["logits_to_keep"] = targets != IGNORE
+    batch["shift_labels"] = targets[batch["logits_to_keep"]][None]  # (1, K)
     pixels = [sample["pixel_values"] for sample in samples if len(sample["pixel_values"])]
-    return torch.cat(pixels) if pixels else None, [bad for sample in samples for bad in sample["bad_rows"]]
+    if pixels:
+        batch["pixel_values"] = torch.cat(pixels)
+    batch["bad_rows"] = [bad for sample in samples for bad in sample["bad_rows"]]
+    return batch
+
+
+def own_labels(sample: dict) -> torch.Tensor:
+    """Labels without the first token of each branch or row: the token before it belongs to another one."""
+    branch = sample["branch"]
+    starts = torch.cat([torch.ones(1, dtype=torch.bool), branch[1:] != branch[:-1]])
+    return sample["labels"].masked_fill(starts, IGNORE)
 
 
 class PaddingCollator:
     """Rows side by side, padded on the right to the longest.
 
-    Causal attention never looks at the padding, so no attention mask is needed. The LM head is asked for the span of
-    positions that carry loss in some row (`logits_to_keep`), since over a 6,400-word vocabulary it would otherwise
-    cost as much as a fifth of a small decoder.
+    Causal attention never looks at the padding, so rows alone need no attention mask. Rows that share a picture get
+    one that hides the branches from one another.
     """
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
     def __call__(self, samples: list[dict]) -> dict:
-        """Return `input_ids` (B, T), `shift_labels` (B, K), `logits_to_keep` (K,), `pixel_values` (N, 3, H, W)."""
-        pad = torch.nn.utils.rnn.pad_sequence
-        ids = pad([s["input_ids"] for s in samples], batch_first=True, padding_value=self.pad_token_id)
-        labels = pad([s["labels"] for s in samples], batch_first=True, padding_value=IGNORE)
-        supervised = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]  # positions whose next token carries loss
-        keep = torch.arange(int(supervised[0]), int(supervised[-1]) + 1)
-        pixels, bad = _gather(samples)
-        batch = {"input_ids": ids, "shift_labels": labels[:, keep + 1], "logits_to_keep": keep, "bad_rows": bad}
-        return batch if pixels is None else {**batch, "pixel_values": pixels}
+        """Return `input_ids`, `position_ids`, `logits_to_keep` (B, T), `shift_labels` (1, K), `pixel_values`.
+
+        With branches also `attention_mask` (B, 1, T, T), to be added to attention scores: 0 or the lowest float.
+        """
+
+        def pad(key: str, value: int) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=value)
+
+        batch = {"input_ids": pad("input_ids", self.pad_token_id), "position_ids": pad("position_ids", 0)}
+        branch = pad("branch", -1)
+        if branch.max() > 1:
+            query, key = branch[:, :, None], branch[:, None, :]
+            seen = ((query == key) | (key == 0)).tril()  # (B, T, T)
+            batch["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+        labels = torch.nn.utils.rnn.pad_sequence(
+            [own_labels(s) for s in samples], batch_first=True, padding_value=IGNORE
+        )
+        return _finish(batch, labels, samples)
 
 
 class PackingCollator:
@@ -344,18 +422,13 @@ class PackingCollator:
     """
 
     def __call__(self, samples: list[dict]) -> dict:
-        """Return `input_ids`, `position_ids` (1, T), `shift_labels` (1, K), `logits_to_keep` (K,), `pixel_values`."""
-        ids = torch.cat([s["input_ids"] for s in samples])[None]
-        positions = torch.cat([torch.arange(len(s["input_ids"])) for s in samples])[None]
-        labels = torch.cat([s["labels"] for s in samples])
-        labels[positions[0] == 0] = IGNORE  # nothing of its own row predicts a row's first token
-        keep = (labels[1:] != IGNORE).nonzero()[:, 0]
-        pixels, bad = _gather(samples)
-        batch = {"input_ids": ids, "position_ids": positions, "shift_labels": labels[None, keep + 1]}
-        batch |= {"logits_to_keep": keep, "bad_rows": bad}
-        return batch if pixels is None else {**batch, "pixel_values": pixels}
+        """Return `input_ids`, `position_ids`, `logits_to_keep` (1, T), `shift_labels` (1, K) and `pixel_values`."""
+        if any(sample["branch"].max() > 1 for sample in samples):
+            raise ValueError("Rows that share a picture cannot be packed: position_ids cannot say what they may see.")
+        batch = {key: torch.cat([s[key] for s in samples])[None] for key in ("input_ids", "position_ids")}
+        return _finish(batch, torch.cat([own_labels(s) for s in samples])[None], samples)
 
 
 def describe_bad_rows(bad_rows: Counter) -> str:
-    """One line per kind of bad row: how many, and the first row's index."""
+    """One line per kind of bad row: how many."""
     return "\n".join(f"  {count} x {kind}" for kind, count in bad_rows.most_common())

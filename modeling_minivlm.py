@@ -449,7 +449,9 @@ class MiniVLMForConditionalGeneration(MiniVLMPreTrainedModel, GenerationMixin):
             pixel_values: all pictures of the batch in reading order, (N, 3, H, W).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`. `generate` looks for the
                 name: with it, beams and returned sequences repeat the pictures row by row, not picture by picture.
-            logits_to_keep: compute logits for the last so many positions, or for the given indices; 0 is all.
+            logits_to_keep: compute logits for the last so many positions, or for the given indices; 0 is all. A mask
+                (B, T) keeps its K true positions, each row's own: `logits` are (1, K, vocabulary) in reading order. In
+                training only answers need the LM head, which is a fifth of a small decoder's work.
             num_items_in_batch: divide the summed loss by this count, e.g. the answer tokens of all ranks.
 
         Raises:
@@ -465,9 +467,14 @@ class MiniVLMForConditionalGeneration(MiniVLMPreTrainedModel, GenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(hidden_states if isinstance(keep, int) else hidden_states[:, keep])
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+        elif logits_to_keep.ndim == 2:
+            hidden_states = hidden_states[logits_to_keep][None]
+        else:
+            hidden_states = hidden_states[:, logits_to_keep]
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)

@@ -2,6 +2,7 @@
 
 from PIL import Image, ImageOps
 from transformers import ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 
@@ -12,7 +13,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")
+        image = image.convert("I").point(lambda value: value / 256).convert("L")  # big-endian has no `point`
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -54,6 +55,21 @@ class MiniVLMProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images=None, **kwargs):
         images, *rest = super().prepare_inputs_layout(images=images, **kwargs)
         return _map_pictures(images, to_rgb), *rest
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        """Compare pictures and markers row by row; the base class compares sums, in transformers 5.19 nothing at all."""
+        super().validate_inputs(images=images, text=text, **kwargs)
+        if images is None or text is None:
+            return
+        rows = isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in images)
+        rows = rows and len(images) == len(text)  # a flat list belongs to the markers in reading order
+        markers = [row.count(self.image_token) for row in text]
+        pictures = [len(row) for row in images] if rows else [len(make_flat_list_of_images(images))]
+        if pictures != (markers if rows else [sum(markers)]):
+            raise ValueError(
+                f"The texts hold {markers} {self.image_token} tokens, row by row, but {pictures} pictures were passed. "
+                "Write one token per picture into the text that the picture belongs to."
+            )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length

@@ -39,6 +39,7 @@ from data_minivlm import (
     TrainingRows,
     describe_bad_rows,
     load_rows,
+    rows_by_picture,
 )
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from processing_minivlm import MiniVLMProcessor
@@ -59,6 +60,7 @@ class TrainArgs:
     model_config: str | None = option(None, "MiniVLMConfig of a model from scratch: a mapping in a recipe, or JSON.")
     tokenizer: str = option(".", "Folder or Hub id of tokenizer and chat template for a model from scratch.")
     data: list[str] = option(["data/train.parquet"], "Parquet files, folders or globs to train on.")
+    max_rows: int | None = option(None, "Train on the first so many rows only.")
     eval_data: list[str] = option([], "Parquet files to answer after training; exact match is reported.")
     eval_limit: int = option(2000, "Rows of eval_data to answer.")
     output_dir: str = option("runs/train", "Folder for checkpoints, the log and the final model.")
@@ -66,9 +68,10 @@ class TrainArgs:
     epochs: float = option(1.0, "Passes over the data, if neither max_steps nor max_minutes is given.")
     max_steps: int | None = option(None, "Optimizer steps, whatever the number of ranks.")
     max_minutes: float | None = option(None, "Stop after so many minutes; the learning rate decays over them.")
-    batch_size: int = option(64, "Rows per optimizer step, over all ranks and micro-batches.")
-    micro_batch_size: int = option(64, "Rows that one rank puts through the model at once.")
+    batch_size: int = option(64, "Rows (groups of them with share_pictures) per optimizer step, over all ranks.")
+    micro_batch_size: int = option(64, "Rows or groups that one rank puts through the model at once.")
     max_length: int = option(1024, "Longest row in tokens, pictures included. A longer row counts as a bad one.")
+    share_pictures: int = option(1, "Most rows about the same picture that share its tokens, blind to each other.")
     packing: bool = option(False, "Concatenate the rows of a micro-batch instead of padding them.")
     augment: bool = option(False, "Shift, scale, tilt and tint the pictures a little.")
     optimizer: str = option("adamw", "adamw, or muon (matrices of blocks by Muon, everything else by AdamW).")
@@ -112,6 +115,8 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
             parser.error(f"--train {part}: no such part. Parts are {', '.join(PARTS)}.")
     if args.optimizer not in ("adamw", "muon"):
         parser.error(f"--optimizer {args.optimizer}: not known. Use adamw or muon.")
+    if args.packing and args.share_pictures > 1:
+        parser.error("--packing and --share_pictures exclude each other. Choose one.")
     if args.batch_size < 1 or args.micro_batch_size < 1:
         parser.error(f"--batch_size {args.batch_size} and --micro_batch_size {args.micro_batch_size} must be 1 or more.")
     return args
@@ -260,7 +265,7 @@ def train(accelerator, model, optimizers, loader, args, state, max_steps) -> Non
     bar = tqdm(total=max_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     log = open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
     start, first_step = time.perf_counter() - state.seconds, state.step
-    window_tokens, window_start = 0, time.perf_counter()
+    window_tokens, window_start = state.tokens, time.perf_counter()
     while state.step < max_steps:
         state.seconds = time.perf_counter() - start
         done = progress(args, state, max_steps, state.seconds)
@@ -277,10 +282,9 @@ def train(accelerator, model, optimizers, loader, args, state, max_steps) -> Non
         for i, batch in enumerate(group):
             count_bad_rows(state, batch.pop("bad_rows"), args, len(loader.dataset))
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            labels = batch["shift_labels"]
             with nullcontext() if i == len(group) - 1 else accelerator.no_sync(model):
                 with accelerator.autocast():
-                    loss = model(**batch, labels=labels, use_cache=False, num_items_in_batch=answers).loss
+                    loss = model(**batch, labels=batch["shift_labels"], use_cache=False, num_items_in_batch=answers).loss
                 accelerator.backward(loss * accelerator.num_processes)  # undo the mean that DDP takes over ranks
             loss_sum += loss.detach()
             state.tokens += batch["input_ids"].numel() * accelerator.num_processes
@@ -304,7 +308,7 @@ def train(accelerator, model, optimizers, loader, args, state, max_steps) -> Non
         bar.update(1)
         if state.step % args.log_every == 0 or state.step == max_steps:
             now = time.perf_counter()
-            rate = (state.tokens - window_tokens) / (now - window_start) if window_tokens else 0.0
+            rate = (state.tokens - window_tokens) / (now - window_start)
             window_tokens, window_start = state.tokens, now
             if accelerator.is_main_process:
                 epoch = (state.step - 1) // steps_per_epoch + 1
@@ -396,6 +400,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Train by the options given; return the folder of the finished model."""
     args = parse_args(argv)
     rows = load_rows(args.data)  # before the model: a wrong path should not cost a download
+    rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
     eval_rows = load_rows(args.eval_data) if args.eval_data else None
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -418,8 +423,11 @@ def main(argv: list[str] | None = None) -> Path:
     if checkpoint:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"continuing from {checkpoint}")
+    sizes = [len(str(text).encode()) for text in rows["conversations"]]
+    units = rows_by_picture(rows, args.share_pictures) if args.share_pictures > 1 else [(i,) for i in range(len(rows))]
     sampler = GlobalBatchSampler(
-        [len(str(text).encode()) for text in rows["conversations"]],
+        units,
+        [sum(sizes[i] for i in unit) for unit in units],
         args.batch_size,
         args.micro_batch_size,
         rank=accelerator.process_index,

@@ -63,9 +63,12 @@ def test_every_cache_gives_the_answer_of_none(cache, implementation):
 def test_quantized_cache(backend, model):
     if not (is_optimum_quanto_available if backend == "quanto" else is_hqq_available)():
         pytest.skip(f"{backend} is not installed (pip install {'optimum-quanto' if backend == 'quanto' else backend})")
-    config = {"backend": backend, "residual_length": 128, "nbits": 4}  # the newest 128 tokens stay exact
-    assert torch.equal(generate(model, cache_implementation="quantized", cache_config=config), greedy_by_hand(model))
-    generate(model, cache_implementation="quantized", cache_config=config | {"residual_length": 2})
+    options = dict(cache_implementation="quantized", cache_config={"backend": backend, "nbits": 4, "q_group_size": 16})
+    qwen = make_model(text={"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
+    qwen.load_state_dict(model.state_dict())
+    answer = generate(model, **options)
+    assert torch.equal(answer, generate(qwen, **options))
+    assert answer[0, 0] == greedy_by_hand(model)[0, 0]  # before anything was quantized
 
 
 @pytest.mark.parametrize("make_cache", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=64)])
@@ -176,13 +179,16 @@ def test_embeddings_as_input_are_the_ids_as_input(model):
         same(model(inputs_embeds=merged).logits, expected)
 
 
-@pytest.mark.parametrize("keep", [1, 5, torch.tensor([0, 7, 13]), slice(2, 9)], ids=str)
+@pytest.mark.parametrize("keep", [1, 5, torch.tensor([0, 7, 13]), IDS != 12], ids=["1", "5", "indices", "mask"])
 def test_logits_to_keep(keep, model):
     with torch.no_grad():
         full = model(input_ids=IDS, pixel_values=PIXELS).logits
         kept = model(input_ids=IDS, pixel_values=PIXELS, logits_to_keep=keep).logits
     assert kept.shape[1] < full.shape[1]
-    same(kept, full[:, -keep:] if isinstance(keep, int) else full[:, keep])
+    if isinstance(keep, int):
+        same(kept, full[:, -keep:])
+    else:
+        same(kept, full[keep][None] if keep.ndim == 2 else full[:, keep])
 
 
 def test_hidden_states_and_attentions(model):

@@ -1,14 +1,16 @@
 """The processor: every kind of picture as RGB, one run of image tokens per picture, refusals, the chat template."""
 
+import inspect
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import ROOT, make_model, make_processor, same
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from processing_minivlm import MiniVLMProcessor, to_rgb
 
@@ -107,17 +109,26 @@ def test_each_marker_becomes_the_image_tokens_of_its_picture(processor, picture)
     assert batch.attention_mask[0, 0] == 0 and all((p == processor.tokenizer.pad_token_id).all() for p in padding)
 
 
-@pytest.mark.parametrize("markers, pictures", [(0, 1), (1, 0), (1, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize("markers, pictures", [(0, 1), (1, 2), (2, 1), (3, 2)])
 def test_markers_and_pictures_that_differ_in_number_are_refused(processor, picture, markers, pictures):
-    images = [picture(i) for i in range(pictures)] or None
-    with pytest.raises(ValueError) as error:
-        processor(images=images, text="a" + IMAGE * markers + "b", return_tensors="pt")
-    assert str(markers) in str(error.value) and str(pictures) in str(error.value), str(error.value)
+    images, text = [picture(i) for i in range(pictures)], "a" + IMAGE * markers + "b"
+    for given in (images, [images]):
+        with pytest.raises(ValueError) as error:
+            processor(images=given, text=text, return_tensors="pt")
+        message = str(error.value)  # the library's own since 5.23, ours before
+        assert IMAGE in message and all(re.search(rf"\b{count}\b", message) for count in (markers, pictures)), message
+
+
+def test_markers_without_any_picture_are_refused(processor):
+    if "no images were passed" not in inspect.getsource(ProcessorMixin.validate_inputs):
+        pytest.skip("this version of transformers lets a text with markers pass, for engines that add pictures later")
+    with pytest.raises(ValueError, match="1 .*no images were passed"):
+        processor(text=f"a{IMAGE}b", return_tensors="pt")
 
 
 def test_the_count_is_checked_row_by_row(processor, picture):
     """Two pictures and two markers in all, but both markers in one row: each row would see the wrong pictures."""
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"\[2, 0\].*\[1, 1\] pictures.*one token per picture"):
         processor(images=[[picture(0)], [picture(1)]], text=[IMAGE * 2, "none"], padding=True)
 
 
@@ -143,7 +154,7 @@ def test_serving_engines_are_told_the_true_number_of_tokens(processor, picture):
     ):
         batch = processor(images=picture(0, size[::-1]), text=IMAGE, return_tensors="pt")
         assert (batch.input_ids == 12).sum() == tokens and len(batch.pixel_values) == patches
-    assert not processor._get_num_multimodal_tokens().get("num_image_tokens")
+    assert processor._get_num_multimodal_tokens().num_image_tokens is None
 
 
 # ------------------------------------------------------------------------------------ chat template, end to end
@@ -187,13 +198,7 @@ def test_a_batch_of_conversations_is_left_padded_and_answers_as_alone(processor,
 
 def test_the_assistant_mask_survives_the_expansion_of_pictures(processor, picture):
     turns = conversation(picture(0), picture(1), answer="A cat.") + conversation(picture(2), answer="Two dogs.")
-    out = processor.apply_chat_template(
-        turns,
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs={"return_assistant_tokens_mask": True},
-        return_assistant_tokens_mask=True,
-    )
+    out = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = out["input_ids"][0], out["assistant_masks"][0]
     said = [token for token, assistant in zip(ids, mask, strict=True) if assistant]
     assert processor.decode(said) == "A cat.<|im_end|>Two dogs.<|im_end|>"
