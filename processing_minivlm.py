@@ -57,7 +57,7 @@ class MiniVLMProcessor(ProcessorMixin):
         return _map_pictures(images, to_rgb), *rest
 
     def validate_inputs(self, images=None, text=None, **kwargs):
-        """Compare pictures and markers row by row; the base class compares sums, in transformers 5.19 nothing at all."""
+        """Compare pictures and markers row by row; the base class compares sums, that of 5.19 nothing."""
         super().validate_inputs(images=images, text=text, **kwargs)
         if images is None or text is None:
             return
@@ -67,8 +67,8 @@ class MiniVLMProcessor(ProcessorMixin):
         pictures = [len(row) for row in images] if rows else [len(make_flat_list_of_images(images))]
         if pictures != (markers if rows else [sum(markers)]):
             raise ValueError(
-                f"The texts hold {markers} {self.image_token} tokens, row by row, but {pictures} pictures were passed. "
-                "Write one token per picture into the text that the picture belongs to."
+                f"The texts hold {markers} {self.image_token} tokens, row by row, but {pictures} pictures were "
+                "passed. Write one token per picture into the text that the picture belongs to."
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:

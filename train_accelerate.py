@@ -27,7 +27,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPImageProcessorPil, HfArgumentParser
+from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil, HfArgumentParser
 
 from configuration_minivlm import MiniVLMConfig
 from data_minivlm import (
@@ -43,6 +43,7 @@ from data_minivlm import (
 )
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from processing_minivlm import MiniVLMProcessor
+from scripts.evaluate import evaluate, load_trained, print_table
 
 PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "text": ""}  # text: the rest
 
@@ -58,6 +59,7 @@ def option(default, text, **kwargs):
 class TrainArgs:
     model: str | None = option(None, "Folder or Hub id to start from. Left out: random weights from model_config.")
     model_config: str | None = option(None, "MiniVLMConfig of a model from scratch: a mapping in a recipe, or JSON.")
+    vision_model: str | None = option(None, "Folder or Hub id of a trained vision tower for a model from scratch.")
     tokenizer: str = option(".", "Folder or Hub id of tokenizer and chat template for a model from scratch.")
     data: list[str] = option(["data/train.parquet"], "Parquet files, folders or globs to train on.")
     max_rows: int | None = option(None, "Train on the first so many rows only.")
@@ -132,10 +134,27 @@ def recipe_names() -> list[str]:
 def build(args: TrainArgs) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProcessor]:
     """Make model and processor: from a checkpoint, or from scratch around the tokenizer's vocabulary."""
     if args.model:
-        processor = MiniVLMProcessor.from_pretrained(args.model)
-        model = MiniVLMForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
-        model.set_attn_implementation(args.attn_implementation)
+        model, processor = load_trained(args.model)
+        model.float().set_attn_implementation(args.attn_implementation)
         return model, processor
+    config, tokenizer = model_from_scratch(args)
+    tower = None
+    if args.vision_model:
+        tower = AutoModel.from_pretrained(args.vision_model)
+        tower = getattr(tower, "vision_model", tower)  # of a model with a text encoder only the eyes
+        config.vision_config = tower.config
+        config.validate_architecture()
+    model = MiniVLMForConditionalGeneration._from_config(config, attn_implementation=args.attn_implementation)
+    model.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    if tower is not None:
+        load_tower(model.model.vision_tower, tower, args.vision_model)
+    return model, build_processor(config, tokenizer)
+
+
+def model_from_scratch(args: TrainArgs):
+    """Configuration of `model_config` and the tokenizer that it must have room for."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     config = MiniVLMConfig(**(args.model_config or {}))
     if config.text_config.vocab_size < len(tokenizer):
@@ -143,11 +162,16 @@ def build(args: TrainArgs) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProc
             f"`vocab_size`={config.text_config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} entries. "
             "Raise text_config.vocab_size in model_config."
         )
-    model = MiniVLMForConditionalGeneration._from_config(config, attn_implementation=args.attn_implementation)
-    model.generation_config.update(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    return model, build_processor(config, tokenizer)
+    return config, tokenizer
+
+
+def load_tower(target: torch.nn.Module, source: torch.nn.Module, name: str) -> None:
+    """Copy a trained tower's weights; the source may have more blocks and heads than are used, never fewer."""
+    weights, needed = source.state_dict(), target.state_dict().keys()
+    missing = sorted(needed - weights.keys())
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights of the tower: {', '.join(missing[:5])}.")
+    target.load_state_dict({key: weights[key] for key in needed})
 
 
 def build_processor(config: MiniVLMConfig, tokenizer) -> MiniVLMProcessor:
@@ -452,11 +476,9 @@ def main(argv: list[str] | None = None) -> Path:
         processor.save_pretrained(final)
         metrics = {}
         if eval_rows is not None:
-            from scripts.evaluate import evaluate, print_table  # it imports the model's files as well
-
             # From disk: what is scored is what was saved, and free of training's compiled graphs.
-            model = MiniVLMForConditionalGeneration.from_pretrained(final).to(accelerator.device)
-            metrics = evaluate(model, processor, eval_rows, limit=args.eval_limit)
+            model, processor = load_trained(final)
+            metrics = evaluate(model.to(accelerator.device), processor, eval_rows, limit=args.eval_limit)
             print_table(metrics)
         write_run(args, accelerator, state, metrics)
         print(f"{state.step} steps in {state.seconds / 60:.1f} min; model in {final}")

@@ -14,9 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import train_accelerate
 from data_minivlm import decode_image, load_rows
-from modeling_minivlm import MiniVLMForConditionalGeneration
-from processing_minivlm import MiniVLMProcessor
-from scripts.evaluate import answer, evaluate, normalise, print_table, prompts
+from scripts.evaluate import answer, evaluate, load_trained, normalise, print_table, prompts
 
 RECIPE, TEST_DATA = "recipes/demo.yaml", "data/test.parquet"
 SHOWN = {"name": 6, "choice": 6, "yes_no": 4, "colour": 2, "category": 2}  # questions of each task on the sheet
@@ -59,8 +57,7 @@ def contact_sheet(items: list[dict], outputs: list[str], columns: int = 4, cell:
 
 def show(model_path: Path, output_dir: Path) -> None:
     """Print and draw answers for pictures of the held-out style, then the scores on 1,000 of its rows."""
-    model = MiniVLMForConditionalGeneration.from_pretrained(model_path).eval()
-    processor = MiniVLMProcessor.from_pretrained(model_path)
+    model, processor = load_trained(model_path)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = load_rows([TEST_DATA])
     sample = pick(rows, SHOWN)

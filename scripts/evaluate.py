@@ -15,11 +15,20 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
+from configuration_minivlm import MiniVLMConfig
 from data_minivlm import BadRow, decode_image, find_adapter, load_rows
+from modeling_minivlm import MiniVLMForConditionalGeneration
+from processing_minivlm import MiniVLMProcessor
 
 GENERATIVE = ("caption",)  # free text: exact match says little, so these stay out of the overall figure
+
+
+def load_trained(path: str | Path) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProcessor]:
+    """Model and processor of a folder or Hub id, run by this checkout's code and not by the code saved beside them."""
+    AutoConfig.register("minivlm", MiniVLMConfig, exist_ok=True)  # not in the remote files, or loading would trust silently
+    return MiniVLMForConditionalGeneration.from_pretrained(path), MiniVLMProcessor.from_pretrained(path)
 
 
 def normalise(text: str) -> str:
@@ -135,12 +144,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to compute.")
     parser.add_argument("--json", type=Path, help="Also write the metrics and every answer to this file.")
     args = parser.parse_args(argv)
-    from modeling_minivlm import MiniVLMForConditionalGeneration
-    from processing_minivlm import MiniVLMProcessor
-
     rows = load_rows(args.data)
-    model = MiniVLMForConditionalGeneration.from_pretrained(args.model).to(args.device)
-    metrics = evaluate(model, MiniVLMProcessor.from_pretrained(args.model), rows, args.limit, args.batch_size)
+    model, processor = load_trained(args.model)
+    metrics = evaluate(model.to(args.device), processor, rows, args.limit, args.batch_size)
     print_table(metrics)
     if args.json:
         args.json.write_text(json.dumps(metrics, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -25,7 +25,7 @@ ROPES = {
 
 def logits(model):
     with torch.no_grad():
-        return model(input_ids=IDS, pixel_values=PIXELS).logits
+        return model(input_ids=IDS.to(model.device), pixel_values=PIXELS.to(model.device)).logits
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -91,7 +91,7 @@ def test_a_checkpoint_in_shards_and_device_map_auto(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = MiniVLMForConditionalGeneration.from_pretrained(tmp_path, device_map="auto")
-    same(logits(loaded).cpu(), logits(model))
+    same(logits(loaded).cpu(), logits(model), atol=1e-3)  # on an accelerator if there is one
 
 
 def test_new_weights_are_drawn_small_and_from_the_seed():

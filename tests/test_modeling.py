@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import TEXT, VISION, make_config, make_model, make_pixels, make_prompt, same
 from torch.nn.functional import cosine_similarity, cross_entropy
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
 from modeling_minivlm import MiniVLMTextModel, rotate
 
@@ -211,6 +211,22 @@ def test_of_two_adjacent_pictures_both_count_and_so_does_their_order(model):
         assert (other - answers[0]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("layer", [None, -1, -2, 1])
+@pytest.mark.parametrize("vision", TOWERS.values(), ids=TOWERS)
+def test_features_are_the_named_hidden_state_of_the_whole_tower(vision, layer):
+    model = make_model(vision=vision, vision_feature_layer=layer, vision_feature_select_strategy="full")
+    tower = AutoModel.from_config(
+        model.config.vision_config
+    ).eval()  # with the blocks, norms and heads that we leave out
+    assert not tower.load_state_dict(model.model.vision_tower.state_dict(), strict=False).unexpected_keys
+    with torch.no_grad():
+        outputs = tower(PIXELS, output_hidden_states=True)
+        expected = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+        actual = model.get_image_features(PIXELS)
+        same(actual.last_hidden_state, expected)
+        same(actual.pooler_output, model.model.multi_modal_projector(expected))
+
+
 def test_pixel_shuffle_keeps_neighbours_together():
     """Each image token must see one square of patches: a patch outside of it changes nothing."""
     model = make_model(vision={"image_size": 64}, pixel_shuffle_factor=2)
@@ -259,6 +275,19 @@ def test_packed_rows_are_as_alone(model):
     same(logits(model, packed, pixels, position_ids=positions, use_cache=False), torch.cat(alone, dim=1))
     leaking = logits(model, packed, pixels, use_cache=False)  # without restarts: the test above has something to see
     assert (leaking - torch.cat(alone, dim=1)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_and_rotation_angles_are_computed_in_fp32(dtype):
+    """The square of 300 overflows fp16; bf16 has no number between position 300 and 302."""
+    text = make_model().to(dtype).model.language_model
+    text.rotary_emb.to(torch.float32)  # `.to` casts the buffers, `from_pretrained` does not
+    x = torch.linspace(250, 900, 32).to(dtype)
+    expected = x.float() / x.float().pow(2).mean().sqrt() * text.norm.weight.float()
+    same(text.norm(x).float(), expected, atol=0.02)
+    positions = torch.tensor([[300, 301, 4001]])
+    angles = positions[..., None] * text.rotary_emb.inv_freq
+    same(text.rotary_emb(x, positions)[0].float(), angles.cos().repeat(1, 1, 2), atol=0.01)
 
 
 def test_half_precision_stays_near_and_finite():

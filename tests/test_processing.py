@@ -86,12 +86,17 @@ def test_only_the_first_frame_of_an_animation_is_read():
 
 
 def test_pixel_values_are_those_of_the_rgb_picture(processor, picture):
-    transparent = picture(1).convert("RGBA")
-    transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
-    for nested in ([transparent], [[transparent]], transparent):
-        actual = processor(images=nested, text=IMAGE, return_tensors="pt").pixel_values
-        same(actual, processor(images=[to_rgb(transparent)], text=IMAGE, return_tensors="pt").pixel_values)
-    assert (actual - processor(images=picture(1), text=IMAGE, return_tensors="pt").pixel_values).abs().max() > 0.1
+    """Through every nesting: alone, the image processor clips 16 bits to white and ignores the EXIF orientation."""
+    deep = Image.frombytes("I;16", (40, 48), (np.arange(40 * 48, dtype="<u2") * 34).tobytes())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = reopened(picture(1), exif=exif)
+    turned.load()
+    for given in (deep, turned):
+        expected = processor.image_processor([to_rgb(given)], return_tensors="pt").pixel_values
+        for nested in (given, [given], [[given]]):
+            same(processor(images=nested, text=IMAGE, return_tensors="pt").pixel_values, expected)
+        assert (processor.image_processor([given], return_tensors="pt").pixel_values - expected).abs().max() > 0.1
 
 
 # ---------------------------------------------------------------------------------------- pictures and text
