@@ -1,0 +1,188 @@
+"""The training script end to end on a handful of rows: what learns, what is saved, what a resumed run does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_data import row, write
+from tiny import ROOT, TEXT, VISION, make_model
+
+import train_accelerate
+from scripts.evaluate import evaluate, load_trained, normalise, wilson
+from train_accelerate import build_optimizers, check_gradients, freeze, parse_args, progress, schedule
+
+CONFIG = json.dumps({"vision_config": VISION, "text_config": TEXT | {"vocab_size": 6400}, "vision_feature_layer": -1})
+TINY = ["--model_config", CONFIG, "--tokenizer", str(ROOT), "--mixed_precision", "no", "--workers", "0", "--log_every", "1"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    answers = ["dog", "cat", "a red bus", "家", "yes", "no"]
+    rows = [row(question=f"What is {i}?", answer=answers[i % 6], seed=i // 3) for i in range(24)]
+    for i, r in enumerate(rows):
+        r |= {"task": "name", "language": "en" if i % 2 else "zh"}
+    return write(tmp_path / "rows.parquet", rows)
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def run(data, folder, *options):
+    return train_accelerate.main([*TINY, "--data", data, "--output_dir", str(folder), "--batch_size", "8", *options])
+
+
+def test_training_learns_saves_and_evaluates(data, tmp_path, capsys):
+    options = ("--max_steps", "60", "--learning_rate", "2e-2", "--optimizer", "muon", "--eval_data", data)
+    final = run(data, tmp_path / "run", *options)
+    seen = losses(tmp_path / "run")
+    assert len(seen) == 60 and seen[0] > 8 and seen[-1] < 2.0  # from ln(6400) = 8.8
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert report["steps"] == 60 and report["options"]["optimizer"] == "muon" and report["metrics"]["overall"]["count"] == 24
+    out = capsys.readouterr().out
+    assert "[Train Epoch 1] step: 1, loss: " in out and "projector" in out and "exact match" in out
+    auto_map = json.loads((final / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoProcessor"}
+    assert all((final / f"{reference.split('.')[0]}.py").is_file() for reference in auto_map.values())
+    assert "AutoProcessor" in json.loads((final / "processor_config.json").read_text())["auto_map"]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path):
+    options = ("--augment", "true", "--epochs", "2", "--save_every", "2", "--share_pictures", "3", "--batch_size", "4")
+    run(data, tmp_path / "whole", *options)
+    whole = losses(tmp_path / "whole")
+    assert len(whole) == 4
+    (tmp_path / "whole" / "log.jsonl").unlink()
+    assert (tmp_path / "whole" / "checkpoint-0000002" / "COMPLETE").is_file()
+    run(data, tmp_path / "whole", *options)
+    assert losses(tmp_path / "whole") == whole[2:]
+
+
+def test_an_incomplete_checkpoint_is_not_resumed(tmp_path):
+    for name in ("checkpoint-0000002", "checkpoint-0000004", "checkpoint-0000006.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-0000002" / "COMPLETE").touch()
+    assert train_accelerate.newest_checkpoint(str(tmp_path)).name == "checkpoint-0000002"
+
+
+@pytest.mark.parametrize("train", [["vision"], ["projector"], ["text"], ["projector", "text"], ["vision", "projector", "text"]])
+def test_only_the_named_parts_learn(train):
+    model = make_model(text={"vocab_size": 6400})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    freeze(model, train)
+    args = parse_args([*TINY, "--learning_rate", "1e-2"])
+    from tiny import make_pixels, make_prompt
+
+    ids = make_prompt(2, "image", 6)
+    model(input_ids=ids, pixel_values=make_pixels(1), labels=ids).loss.backward()
+    check_gradients(model)
+    for optimizer in build_optimizers(model, args):
+        optimizer.step()
+    prefixes = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector."}
+    for name, parameter in model.named_parameters():
+        part = next((part for part, prefix in prefixes.items() if name.startswith(prefix)), "text")
+        changed = not torch.equal(parameter, before[name])
+        # A key bias shifts all scores of a query alike, so its gradient is zero up to rounding.
+        assert changed == (part in train) or name.endswith("k_proj.bias"), name
+
+
+def test_a_part_without_gradient_stops_training():
+    model = make_model()
+    freeze(model, ["vision", "projector", "text"])
+    ids = torch.arange(20, 30)[None]
+    model(input_ids=ids, labels=ids).loss.backward()  # no picture: the tower gets nothing
+    with pytest.raises(RuntimeError, match=r"should learn have no gradient \(model.vision_tower"):
+        check_gradients(model)
+
+
+def test_every_matrix_is_optimised_once():
+    model = make_model()
+    for name in ("adamw", "muon"):
+        optimizers = build_optimizers(model, parse_args([*TINY, "--optimizer", name]))
+        optimised = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+        assert len(optimised) == len({id(p) for p in optimised}) == len(list(model.parameters()))
+
+
+def test_schedule_rises_and_falls():
+    assert [schedule(d, 0.1) for d in (0, 0.05, 0.1, 1)] == [0, 0.5 * 0.95, 0.9, 0]
+    args = parse_args([*TINY, "--max_minutes", "2"])
+    assert progress(args, train_accelerate.State(step=7), 10, 30) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("warmup_step: 3", "unknown key 'warmup_step'"), ("learning_rates: 1", "did you mean 'learning_rate'?")],
+)
+def test_a_misspelt_recipe_key_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parse_args(["--recipe", str(tmp_path / "x.yaml")])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train", "decoder"], "--train decoder: no such part. Parts are vision, projector, text."),
+        (["--optimizer", "sgd"], "Use adamw or muon"),
+        (["--recipe", "recipes/absent.yaml"], "no such recipe"),
+        (["--packing", "true", "--share_pictures", "4"], "exclude each other"),
+        (["--batch_size", "0"], "must be 1 or more"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_loaded(capsys, options, message):
+    with pytest.raises(SystemExit):
+        parse_args(options)
+    assert message in capsys.readouterr().err
+
+
+def test_command_line_beats_recipe_beats_default(tmp_path):
+    (tmp_path / "x.yaml").write_text("learning_rate: 3e-4\nbatch_size: 5")
+    args = parse_args(["--recipe", str(tmp_path / "x.yaml"), "--batch_size", "7"])
+    assert (args.learning_rate, args.batch_size, args.seed) == (3e-4, 7, 0)
+
+
+@pytest.mark.parametrize("recipe", train_accelerate.recipe_names())
+def test_every_recipe_builds_its_model(recipe):
+    args = parse_args(["--recipe", str(ROOT / "recipes" / recipe), "--tokenizer", str(ROOT)])
+    with torch.device("meta"):
+        config, _ = train_accelerate.model_from_scratch(args)
+        model = train_accelerate.MiniVLMForConditionalGeneration(config)
+    assert 5e6 < sum(p.numel() for p in model.parameters()) < 15e6 and config.image_seq_length == 64
+
+
+def test_too_many_bad_rows_stop_training(tmp_path):
+    path = write(tmp_path / "bad.parquet", [{**row(seed=i), "image_bytes": [b"x"]} if i == 3 else row(seed=i) for i in range(12)])
+    with pytest.raises(ValueError, match="bad rows of 12, more than max_bad_rows=0.10%"):
+        run(path, tmp_path / "run", "--max_steps", "3", "--batch_size", "4")
+    run(path, tmp_path / "run2", "--max_steps", "3", "--batch_size", "4", "--max_bad_rows", "0.5")
+    assert json.loads((tmp_path / "run2" / "run.json").read_text())["bad_rows"] == {"unreadable picture": 1}
+
+
+def test_ranks_and_micro_batches_give_the_losses_of_one_process(data, tmp_path):
+    """Two ranks by torchrun, accumulation, and one process in one go: the same rows, the same losses."""
+    options = ("--max_steps", "3", "--batch_size", "8")
+    run(data, tmp_path / "one", *options)
+    run(data, tmp_path / "accumulated", *options, "--micro_batch_size", "3")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    command += [str(ROOT / "train_accelerate.py"), *TINY, "--data", data, "--output_dir", str(tmp_path / "two"), *options]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, env=environment, capture_output=True, text=True, timeout=300)
+    one = losses(tmp_path / "one")
+    assert losses(tmp_path / "accumulated") == pytest.approx(one, abs=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(one, abs=1e-5)
+
+
+def test_evaluation_counts_what_a_person_would_count(data, tmp_path):
+    final = run(data, tmp_path / "run", "--max_steps", "1")
+    model, processor = load_trained(final)
+    rows = train_accelerate.load_rows([data])
+    one_by_one, together = (evaluate(model, processor, rows, batch_size=size) for size in (1, 24))
+    assert one_by_one == together
+    assert together["tasks"]["name"]["en"]["count"] == together["tasks"]["name"]["zh"]["count"] == 12
+    assert normalise(" Red.") == normalise("red") and normalise("红色。") == normalise("红色")
+    low, high = wilson(5, 10)
+    assert (round(low, 3), round(high, 3)) == (0.237, 0.763)  # Wilson's interval for one half of ten
