@@ -47,7 +47,6 @@ demo:
 test:
 	$(ENVIRONMENT) --extras test,data
 	@$(RUN) -m pytest $(ARGS)
-	@echo "Not run: the tests marked slow. To run them: make test-slow"
 
 test-slow:
 	$(ENVIRONMENT) --extras test,data

@@ -23,7 +23,7 @@ class MiniVLMTextConfig(PreTrainedConfig):
         rope_parameters: `{"rope_type": "default" | "linear" | "dynamic" | "yarn", "rope_theta": ..., "factor": ...}`.
 
     Raises:
-        ValueError: an odd `head_dim`, or query heads that key-value heads do not divide.
+        StrictDataclassClassValidationError: an odd `head_dim`, or query heads that key-value heads do not divide.
     """
 
     model_type = "minivlm_text"
@@ -125,7 +125,7 @@ class MiniVLMConfig(PreTrainedConfig):
         tie_word_embeddings: share the LM head with the token embeddings; default: what `text_config` says.
 
     Raises:
-        ValueError: a combination that cannot work, with value, limit and remedy.
+        StrictDataclassClassValidationError: a combination that cannot work, with value, limit and remedy.
     """
 
     model_type = "minivlm"

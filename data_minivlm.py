@@ -131,7 +131,9 @@ def augment(image: Image.Image, rng: random.Random) -> Image.Image:
     # The centre of the picture moves by at most a twelfth of its width, then the map is applied around it.
     x, y = width * (0.5 + rng.uniform(-1, 1) / 12), height * (0.5 + rng.uniform(-1, 1) / 12)
     matrix = (a, b, x - a * width / 2 - b * height / 2, d, e, y - d * width / 2 - e * height / 2)
-    image = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=image.getpixel((0, 0)))
+    image = image.transform(
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=image.getpixel((0, 0))
+    )
     for enhance in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
         image = enhance(image).enhance(rng.uniform(0.75, 1.25))
     return image
@@ -202,7 +204,10 @@ class Encoder:
                 carries loss.
         """
         markers = sum(
-            part["type"] == "image" for m in row["messages"] if not isinstance(m["content"], str) for part in m["content"]
+            part["type"] == "image"
+            for m in row["messages"]
+            if not isinstance(m["content"], str)
+            for part in m["content"]
         )
         if markers != len(row["images"]):
             raise BadRow(f"{markers} picture markers in the text but {len(row['images'])} pictures")

@@ -58,7 +58,11 @@ class MiniVLMRotaryEmbedding(nn.Module):
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        init = self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
+        init = (
+            self.compute_default_rope_parameters
+            if self.rope_type == "default"
+            else ROPE_INIT_FUNCTIONS[self.rope_type]
+        )
         inv_freq, self.attention_scaling = init(config)  # (h / 2,)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
@@ -278,7 +282,12 @@ def build_vision_tower(config: MiniVLMConfig) -> PreTrainedModel:
     """
     tower = AutoModel.from_config(config.vision_config)
     depth = config.vision_config.num_hidden_layers
-    blocks = next(m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    blocks = next((m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
+    if blocks is None:
+        raise ValueError(
+            f"A tower of type {config.vision_config.model_type!r} has no list of {depth} blocks to choose a layer from. "
+            "Use a CLIP, SigLIP, DINO or ViT vision configuration."
+        )
     del blocks[config.num_vision_layers :]
     unused = ["head", "pooler"]
     # CLIP's final norm acts on the pooled class token alone; in other towers it acts on the output that is read.

@@ -120,7 +120,9 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
     if args.packing and args.share_pictures > 1:
         parser.error("--packing and --share_pictures exclude each other. Choose one.")
     if args.batch_size < 1 or args.micro_batch_size < 1:
-        parser.error(f"--batch_size {args.batch_size} and --micro_batch_size {args.micro_batch_size} must be 1 or more.")
+        parser.error(
+            f"--batch_size {args.batch_size} and --micro_batch_size {args.micro_batch_size} must be 1 or more."
+        )
     return args
 
 
@@ -146,7 +148,12 @@ def build(args: TrainArgs) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProc
         config.validate_architecture()
     model = MiniVLMForConditionalGeneration._from_config(config, attn_implementation=args.attn_implementation)
     model.generation_config.update(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[
+            config.image_token_id
+        ],  # a placeholder in an answer would ask for a picture that is not there
     )
     if tower is not None:
         load_tower(model.model.vision_tower, tower, args.vision_model)
@@ -188,11 +195,16 @@ def build_processor(config: MiniVLMConfig, tokenizer) -> MiniVLMProcessor:
     )
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to."""
+    return next(part for part, prefix in PARTS.items() if name.startswith(prefix))
+
+
 def freeze(model: torch.nn.Module, train: list[str]) -> dict[str, list[torch.nn.Parameter]]:
     """Let only the named parts learn; return the learning parameters of each part."""
     trainable = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
-        part = next(part for part, prefix in PARTS.items() if name.startswith(prefix))
+        part = part_of(name)
         parameter.requires_grad_(parameter.requires_grad and part in train)
         if parameter.requires_grad:
             trainable[part].append(parameter)
@@ -286,7 +298,8 @@ def train(accelerator, model, optimizers, loader, args, state, max_steps) -> Non
     model.train()
     accumulation, steps_per_epoch = loader.batch_sampler.accumulation, loader.batch_sampler.steps_per_epoch
     device, batches = accelerator.device, iter(loader)
-    bar = tqdm(total=max_steps, initial=state.step, unit="step", disable=not accelerator.is_main_process)
+    total = None if max_steps == sys.maxsize else max_steps
+    bar = tqdm(total=total, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     log = open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
     start, first_step = time.perf_counter() - state.seconds, state.step
     window_tokens, window_start = state.tokens, time.perf_counter()
@@ -308,7 +321,9 @@ def train(accelerator, model, optimizers, loader, args, state, max_steps) -> Non
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with nullcontext() if i == len(group) - 1 else accelerator.no_sync(model):
                 with accelerator.autocast():
-                    loss = model(**batch, labels=batch["shift_labels"], use_cache=False, num_items_in_batch=answers).loss
+                    loss = model(
+                        **batch, labels=batch["shift_labels"], use_cache=False, num_items_in_batch=answers
+                    ).loss
                 accelerator.backward(loss * accelerator.num_processes)  # undo the mean that DDP takes over ranks
             loss_sum += loss.detach()
             state.tokens += batch["input_ids"].numel() * accelerator.num_processes
@@ -390,15 +405,17 @@ def describe(accelerator: Accelerator, model, trainable: dict, args: TrainArgs, 
     """Print what runs where, and what learns."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"device {device} ({name}), {accelerator.num_processes} process(es), precision {accelerator.mixed_precision}")
+    print(
+        f"device {device} ({name}), {accelerator.num_processes} process(es), precision {accelerator.mixed_precision}"
+    )
     if device.type == "cpu" and os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
         value = os.environ["CUDA_VISIBLE_DEVICES"]
         print(f"warning: CUDA_VISIBLE_DEVICES={value!r} is set and no GPU is visible; unset it to use one.")
-    print(f"{rows:,} rows, {args.batch_size} per step, {f'{max_steps:,} steps' if not args.max_minutes else f'{args.max_minutes} min'}")
+    length = f"{args.max_minutes:g} min" if args.max_minutes else f"{max_steps:,} steps"
+    print(f"{rows:,} rows, {args.batch_size} per step, {length}")
     print(f"{'part':<12}{'parameters':>14}{'learning':>14}")
-    for part, prefix in PARTS.items():
-        others = tuple(p for p in PARTS.values() if p and p != prefix)
-        total = sum(p.numel() for n, p in model.named_parameters() if n.startswith(prefix) and not (not prefix and n.startswith(others)))
+    for part in PARTS:
+        total = sum(p.numel() for name, p in model.named_parameters() if part_of(name) == part)
         print(f"{part:<12}{total:>14,}{sum(p.numel() for p in trainable[part]):>14,}")
 
 
@@ -412,9 +429,15 @@ def commit() -> str | None:
 
 
 def write_run(args: TrainArgs, accelerator: Accelerator, state: State, metrics: dict) -> None:
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)} | {"python": sys.version.split()[0]}
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)} | {
+        "python": sys.version.split()[0]
+    }
     run = {"options": asdict(args), "versions": versions, "commit": commit(), "device": str(accelerator.device)}
-    run |= {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision, "metrics": {k: v for k, v in metrics.items() if k != "answers"}}
+    run |= {
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "metrics": {k: v for k, v in metrics.items() if k != "answers"},
+    }
     run |= {"steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1)}
     run |= {"bad_rows": dict(state.bad_rows)}
     (Path(args.output_dir) / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")

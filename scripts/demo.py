@@ -40,7 +40,9 @@ def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def contact_sheet(items: list[dict], outputs: list[str], columns: int = 4, cell: tuple[int, int] = (260, 236)) -> Image.Image:
+def contact_sheet(
+    items: list[dict], outputs: list[str], columns: int = 4, cell: tuple[int, int] = (260, 236)
+) -> Image.Image:
     """Pictures with question, truth and answer below each; a right answer in green, a wrong one in red."""
     rows = -(-len(items) // columns)
     sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
@@ -51,7 +53,9 @@ def contact_sheet(items: list[dict], outputs: list[str], columns: int = 4, cell:
         right = normalise(output) == normalise(item["answer"])
         lines = textwrap.wrap(item["question"], 36)[:3] + [f"truth: {item['answer']}"]
         draw.multiline_text((x, y + 134), "\n".join(lines), fill="black", font=small, spacing=2)
-        draw.text((x, y + 134 + 17 * len(lines)), f"model: {output}", fill="#0a7d20" if right else "#c01818", font=small)
+        draw.text(
+            (x, y + 134 + 17 * len(lines)), f"model: {output}", fill="#0a7d20" if right else "#c01818", font=small
+        )
     return sheet
 
 
@@ -92,7 +96,9 @@ Load the model that you just trained:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.demo", description=__doc__)
     parser.add_argument("--minutes", type=float, help="Training time. Default: the recipe's.")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="Folder for model and contact sheet.")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/demo"), help="Folder for model and contact sheet."
+    )
     args = parser.parse_args(argv)
     options = ["--recipe", RECIPE, "--output_dir", str(args.output_dir), "--resume", "false"]
     options += ["--max_minutes", str(args.minutes)] if args.minutes else []

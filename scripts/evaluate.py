@@ -5,6 +5,7 @@ comes with its count and a 95 % confidence interval (Wilson 1927), per task and 
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -27,7 +28,9 @@ GENERATIVE = ("caption",)  # free text: exact match says little, so these stay o
 
 def load_trained(path: str | Path) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProcessor]:
     """Model and processor of a folder or Hub id, run by this checkout's code and not by the code saved beside them."""
-    AutoConfig.register("minivlm", MiniVLMConfig, exist_ok=True)  # not in the remote files, or loading would trust silently
+    AutoConfig.register(
+        "minivlm", MiniVLMConfig, exist_ok=True
+    )  # not in the remote files, or loading would trust silently
     return MiniVLMForConditionalGeneration.from_pretrained(path), MiniVLMProcessor.from_pretrained(path)
 
 
@@ -66,7 +69,9 @@ def prompts(rows: Dataset, processor: ProcessorMixin) -> list[dict]:
 
 
 @torch.inference_mode()
-def answer(model: PreTrainedModel, processor: ProcessorMixin, items: list[dict], max_new_tokens: int = 64) -> list[str]:
+def answer(
+    model: PreTrainedModel, processor: ProcessorMixin, items: list[dict], max_new_tokens: int = 64
+) -> list[str]:
     """Greedy answers for a batch of `prompts`."""
     images = [decode_image(image) for item in items for image in item["images"]]
     inputs = processor(
@@ -99,7 +104,9 @@ def evaluate(model, processor, rows: Dataset, limit: int | None = None, batch_si
         try:
             texts = answer(model, processor, [items[i] for i in batch])
         except BadRow as error:
-            raise ValueError(f"Rows {batch} hold a bad one: {error}. Evaluation counts every row, so mend it.") from error
+            raise ValueError(
+                f"Rows {batch} hold a bad one: {error}. Evaluation counts every row, so mend it."
+            ) from error
         for i, text in zip(batch, texts):
             outputs[i] = text
     model.train(was_training)
@@ -112,14 +119,22 @@ def evaluate(model, processor, rows: Dataset, limit: int | None = None, batch_si
     tasks = defaultdict(dict)
     for task, language in sorted(key for key in hits if key != "overall"):
         tasks[task][language] = cell(hits[task, language])
-    answers = [{"row": i, "answer": item["answer"], "output": out} for i, (item, out) in enumerate(zip(items, outputs))]
+    answers = [
+        {"row": i, "answer": item["answer"], "output": out} for i, (item, out) in enumerate(zip(items, outputs))
+    ]
     return {"overall": cell(hits["overall"]), "tasks": dict(tasks), "answers": answers}
 
 
 def cell(matches: list[bool]) -> dict:
     low, high = wilson(sum(matches), len(matches))
     share = sum(matches) / len(matches) if matches else 0.0
-    return {"match": round(share, 4), "hits": sum(matches), "count": len(matches), "low": round(low, 4), "high": round(high, 4)}
+    return {
+        "match": round(share, 4),
+        "hits": sum(matches),
+        "count": len(matches),
+        "low": round(low, 4),
+        "high": round(high, 4),
+    }
 
 
 def print_table(metrics: dict) -> None:
@@ -142,14 +157,23 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--limit", type=int, help="Answer only the first rows. Default: all.")
     parser.add_argument("--batch_size", type=int, default=64, help="Rows answered at once.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to compute.")
-    parser.add_argument("--json", type=Path, help="Also write the metrics and every answer to this file.")
+    parser.add_argument("--json", type=Path, help="Also write the metrics to this file.")
+    parser.add_argument("--answers", type=Path, help="Also write every reference and answer to this JSON-lines file.")
     args = parser.parse_args(argv)
     rows = load_rows(args.data)
     model, processor = load_trained(args.model)
     metrics = evaluate(model.to(args.device), processor, rows, args.limit, args.batch_size)
     print_table(metrics)
+    answers = metrics.pop("answers")
     if args.json:
-        args.json.write_text(json.dumps(metrics, indent=2, ensure_ascii=False), encoding="utf-8")
+        weights = Path(args.model) / "model.safetensors"
+        source = {"model": args.model, "data": args.data, "limit": args.limit, "device": args.device}
+        if weights.is_file():
+            source["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        args.json.write_text(json.dumps(source | metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if args.answers:
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers]
+        args.answers.write_text("".join(lines), encoding="utf-8")
     return metrics
 
 

@@ -81,7 +81,9 @@ def batches(count: int, size: int, seed: int):
 def main(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(prog="python -m scripts.pretrain_tower", description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", required=True, help="Recipe whose model_config describes the tower.")
-    parser.add_argument("--data", nargs="+", default=["data/train.parquet"], help="Parquet files with a concept column.")
+    parser.add_argument(
+        "--data", nargs="+", default=["data/train.parquet"], help="Parquet files with a concept column."
+    )
     parser.add_argument("--minutes", type=float, default=15, help="Training time.")
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures per step.")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="Learning rate after warm-up, of Muon.")
@@ -126,7 +128,9 @@ def main(argv: list[str] | None = None) -> Path:
         bar.set_postfix_str(f"loss {loss.item():.3f}, right {hits:.1%}, {args.minutes * (1 - done):.1f} min left")
     bar.close()
     model.tower.save_pretrained(args.output_dir)
-    print(f"{seen:,} pictures seen in {args.minutes:g} min, {hits:.1%} of the last ones right; tower in {args.output_dir}")
+    print(
+        f"{seen:,} pictures seen in {args.minutes:g} min, {hits:.1%} of the last ones right; tower in {args.output_dir}"
+    )
     return args.output_dir
 
 

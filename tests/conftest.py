@@ -36,3 +36,17 @@ def picture():
         return Image.fromarray(noise.numpy()).resize(size)
 
     return draw
+
+
+not_run = []
+
+
+def pytest_deselected(items):
+    not_run.extend(item for item in items if item.get_closest_marker("slow"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not_run:
+        terminalreporter.write_line(
+            f"Not run: {len(not_run)} slow tests. To run them: make test-slow (pytest -m slow)"
+        )

@@ -170,7 +170,11 @@ def loss_of_rows_alone(model, rows):
 
 def test_packed_padded_and_single_rows_give_the_same_loss():
     model = make_model(text={"vocab_size": 6400})
-    rows = [row("这是什么？", "一只狗"), row("a, b or c? " * 9, "two cats", images=2, seed=5), row("Hello", "Hi!", images=0)]
+    rows = [
+        row("这是什么？", "一只狗"),
+        row("a, b or c? " * 9, "two cats", images=2, seed=5),
+        row("Hello", "Hi!", images=0),
+    ]
     alone, answers = loss_of_rows_alone(model, rows)
     samples = [encode(r) for r in rows]
     torch.testing.assert_close(loss_of(model, PaddingCollator(0)(samples), answers), alone, atol=1e-6, rtol=0)
@@ -221,7 +225,8 @@ def test_global_batches_do_not_depend_on_ranks_or_micro_batches():
 
     def rows_of(world_size, micro):
         ranks = [
-            flatten(GlobalBatchSampler(units(101), lengths, 12, micro, rank, world_size, seed=3), 17) for rank in range(world_size)
+            flatten(GlobalBatchSampler(units(101), lengths, 12, micro, rank, world_size, seed=3), 17)
+            for rank in range(world_size)
         ]
         return [sorted(key for rank in step for micro in rank for key in micro) for step in zip(*ranks)]
 

@@ -15,7 +15,18 @@ from scripts.evaluate import evaluate, load_trained, normalise, wilson
 from train_accelerate import build_optimizers, check_gradients, freeze, parse_args, progress, schedule
 
 CONFIG = json.dumps({"vision_config": VISION, "text_config": TEXT | {"vocab_size": 6400}, "vision_feature_layer": -1})
-TINY = ["--model_config", CONFIG, "--tokenizer", str(ROOT), "--mixed_precision", "no", "--workers", "0", "--log_every", "1"]
+TINY = [
+    "--model_config",
+    CONFIG,
+    "--tokenizer",
+    str(ROOT),
+    "--mixed_precision",
+    "no",
+    "--workers",
+    "0",
+    "--log_every",
+    "1",
+]
 
 
 @pytest.fixture
@@ -41,11 +52,21 @@ def test_training_learns_saves_and_evaluates(data, tmp_path, capsys):
     seen = losses(tmp_path / "run")
     assert len(seen) == 60 and seen[0] > 8 and seen[-1] < 2.0  # from ln(6400) = 8.8
     report = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert report["steps"] == 60 and report["options"]["optimizer"] == "muon" and report["metrics"]["overall"]["count"] == 24
+    assert (
+        report["steps"] == 60
+        and report["options"]["optimizer"] == "muon"
+        and report["metrics"]["overall"]["count"] == 24
+    )
     out = capsys.readouterr().out
     assert "[Train Epoch 1] step: 1, loss: " in out and "projector" in out and "exact match" in out
     auto_map = json.loads((final / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoProcessor"}
+    assert set(auto_map) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+        "AutoProcessor",
+    }
     assert all((final / f"{reference.split('.')[0]}.py").is_file() for reference in auto_map.values())
     assert "AutoProcessor" in json.loads((final / "processor_config.json").read_text())["auto_map"]
 
@@ -68,7 +89,9 @@ def test_an_incomplete_checkpoint_is_not_resumed(tmp_path):
     assert train_accelerate.newest_checkpoint(str(tmp_path)).name == "checkpoint-0000002"
 
 
-@pytest.mark.parametrize("train", [["vision"], ["projector"], ["text"], ["projector", "text"], ["vision", "projector", "text"]])
+@pytest.mark.parametrize(
+    "train", [["vision"], ["projector"], ["text"], ["projector", "text"], ["vision", "projector", "text"]]
+)
 def test_only_the_named_parts_learn(train):
     model = make_model(text={"vocab_size": 6400})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -155,7 +178,10 @@ def test_every_recipe_builds_its_model(recipe):
 
 
 def test_too_many_bad_rows_stop_training(tmp_path):
-    path = write(tmp_path / "bad.parquet", [{**row(seed=i), "image_bytes": [b"x"]} if i == 3 else row(seed=i) for i in range(12)])
+    path = write(
+        tmp_path / "bad.parquet",
+        [{**row(seed=i), "image_bytes": [b"x"]} if i == 3 else row(seed=i) for i in range(12)],
+    )
     with pytest.raises(ValueError, match="bad rows of 12, more than max_bad_rows=0.10%"):
         run(path, tmp_path / "run", "--max_steps", "3", "--batch_size", "4")
     run(path, tmp_path / "run2", "--max_steps", "3", "--batch_size", "4", "--max_bad_rows", "0.5")
@@ -168,7 +194,15 @@ def test_ranks_and_micro_batches_give_the_losses_of_one_process(data, tmp_path):
     run(data, tmp_path / "one", *options)
     run(data, tmp_path / "accumulated", *options, "--micro_batch_size", "3")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-    command += [str(ROOT / "train_accelerate.py"), *TINY, "--data", data, "--output_dir", str(tmp_path / "two"), *options]
+    command += [
+        str(ROOT / "train_accelerate.py"),
+        *TINY,
+        "--data",
+        data,
+        "--output_dir",
+        str(tmp_path / "two"),
+        *options,
+    ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, check=True, env=environment, capture_output=True, text=True, timeout=300)
     one = losses(tmp_path / "one")
