@@ -118,7 +118,7 @@ class MiniVLMConfig(PreTrainedConfig):
             -1 the last block before the tower's final norm, -2 the one before). Blocks after it are not built. `None`
             reads the tower's own output, final norm included where the tower has one.
         vision_feature_select_strategy: "default" drops class and register tokens, "full" keeps all tokens.
-        projector_type: "mlp" is LLaVA-1.5's two-layer MLP (arXiv 2310.03744), "linear" one matrix (LLaVA, MiniMind2-V).
+        projector_type: "mlp" is LLaVA-1.5's two-layer MLP (arXiv 2310.03744), "linear" one matrix (MiniMind2-V).
         projector_layer_norm: put a LayerNorm before the projector, as MiniMind-3V does.
         pixel_shuffle_factor: fold squares of r x r patches into one image token (arXiv 2404.16821, section 3.2); each
             picture then costs r * r times fewer tokens.

@@ -3,7 +3,7 @@
     parquet row -> adapter -> {"images", "messages"} -> Encoder -> token ids, labels, pixels -> collator -> batch
 
 Labels come from the chat template's `{% generation %}` blocks: the assistant's words and the end token, nothing else.
-Whatever is random about a row is a function of (seed, epoch, row index), so a resumed run sees what it would have seen.
+Whatever is random about a row is a function of (seed, epoch, row index): a resumed run sees what it would have seen.
 """
 
 import io

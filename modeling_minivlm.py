@@ -285,7 +285,7 @@ def build_vision_tower(config: MiniVLMConfig) -> PreTrainedModel:
     blocks = next((m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
     if blocks is None:
         raise ValueError(
-            f"A tower of type {config.vision_config.model_type!r} has no list of {depth} blocks to choose a layer from. "
+            f"A tower of type {config.vision_config.model_type!r} has no list of {depth} blocks to choose from. "
             "Use a CLIP, SigLIP, DINO or ViT vision configuration."
         )
     del blocks[config.num_vision_layers :]
@@ -456,8 +456,8 @@ class MiniVLMForConditionalGeneration(MiniVLMPreTrainedModel, GenerationMixin):
 
         Args:
             pixel_values: all pictures of the batch in reading order, (N, 3, H, W).
-            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`. `generate` looks for the
-                name: with it, beams and returned sequences repeat the pictures row by row, not picture by picture.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`. `generate` looks for
+                the name: with it, beams and returned sequences repeat the pictures row by row, not picture by picture.
             logits_to_keep: compute logits for the last so many positions, or for the given indices; 0 is all. A mask
                 (B, T) keeps its K true positions, each row's own: `logits` are (1, K, vocabulary) in reading order. In
                 training only answers need the LM head, which is a fifth of a small decoder's work.

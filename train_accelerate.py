@@ -336,7 +336,7 @@ def train(accelerator, model, optimizers, loader, args, state, max_steps) -> Non
         loss = accelerator.reduce(loss_sum, reduction="sum").item()
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {loss} at step {state.step + 1}. Lower --learning_rate (now {args.learning_rate}) or use "
+                f"The loss is {loss} at step {state.step + 1}. Lower --learning_rate ({args.learning_rate}), or use "
                 f"--mixed_precision no; the newest checkpoint is in {args.output_dir}."
             )
         for optimizer in optimizers:

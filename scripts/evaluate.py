@@ -1,4 +1,6 @@
-"""Answer the questions of a data set and count exact matches: `python -m scripts.evaluate MODEL --data data/test.parquet`.
+"""Answer the questions of a data set and count exact matches.
+
+    python -m scripts.evaluate MODEL --data data/test.parquet
 
 An answer matches if it equals the reference after trimming, case folding and dropping a closing full stop. Every share
 comes with its count and a 95 % confidence interval (Wilson 1927), per task and language.
@@ -91,7 +93,7 @@ def evaluate(model, processor, rows: Dataset, limit: int | None = None, batch_si
 
     Returns:
         `{"overall": cell, "tasks": {task: {language: cell}}, "answers": [...]}` with cells of `match` (share), `hits`,
-        `count`, `low` and `high`; `overall` leaves captions out. `answers` holds each row's index, reference and output.
+        `count`, `low` and `high`; `overall` leaves captions out. `answers` holds each row's index and texts.
     """
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     was_training = model.training

@@ -128,9 +128,7 @@ def main(argv: list[str] | None = None) -> Path:
         bar.set_postfix_str(f"loss {loss.item():.3f}, right {hits:.1%}, {args.minutes * (1 - done):.1f} min left")
     bar.close()
     model.tower.save_pretrained(args.output_dir)
-    print(
-        f"{seen:,} pictures seen in {args.minutes:g} min, {hits:.1%} of the last ones right; tower in {args.output_dir}"
-    )
+    print(f"{seen:,} pictures seen in {args.minutes:g} min, {hits:.1%} of the last right; tower in {args.output_dir}")
     return args.output_dir
 
 

@@ -81,5 +81,6 @@ def test_results_are_those_of_the_released_weights():
         text = (ROOT / readme).read_text(encoding="utf-8")
         for task, languages in results["tasks"].items():
             for language, cell in languages.items():
-                row = f"| {task} | {language} | {cell['match']:.1%} | {cell['low']:.1%} - {cell['high']:.1%} | {cell['count']} |"
+                share, low, high = (f"{cell[key]:.1%}" for key in ("match", "low", "high"))
+                row = f"| {task} | {language} | {share} | {low} - {high} | {cell['count']} |"
                 assert row in text, f"{readme}: no row {row!r}"
