@@ -60,6 +60,21 @@ def load_rows(sources: list[str]) -> Dataset:
     return concatenate_datasets(parts)
 
 
+def keep_rows(rows: Dataset, keep: dict[str, list]) -> Dataset:
+    """Keep the rows whose `column` holds one of the values, for every column of `keep`.
+
+    Raises:
+        ValueError: there is no such column, or no row is left.
+    """
+    for column, values in keep.items():
+        if column not in rows.column_names:
+            raise ValueError(f"keep: no column {column!r}. The data has {', '.join(rows.column_names)}.")
+        rows = rows.select([i for i, value in enumerate(rows[column]) if value in set(values)])
+        if not len(rows):
+            raise ValueError(f"keep: no row has a {column} among {', '.join(map(str, values))}.")
+    return rows
+
+
 # -------------------------------------------------------------------------------------------------- adapters
 
 

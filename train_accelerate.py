@@ -38,6 +38,7 @@ from data_minivlm import (
     PaddingCollator,
     TrainingRows,
     describe_bad_rows,
+    keep_rows,
     load_rows,
     rows_by_picture,
 )
@@ -62,6 +63,7 @@ class TrainArgs:
     vision_model: str | None = option(None, "Folder or Hub id of a trained vision tower for a model from scratch.")
     tokenizer: str = option(".", "Folder or Hub id of tokenizer and chat template for a model from scratch.")
     data: list[str] = option(["data/train.parquet"], "Parquet files, folders or globs to train on.")
+    keep: str | None = option(None, "Rows to train on: a mapping from column to values in a recipe, or JSON.")
     max_rows: int | None = option(None, "Train on the first so many rows only.")
     eval_data: list[str] = option([], "Parquet files to answer after training; exact match is reported.")
     eval_limit: int = option(2000, "Rows of eval_data to answer.")
@@ -110,8 +112,9 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
     options = vars(parser.parse_args(argv))
     options.pop("recipe")
     args = TrainArgs(**options)
-    if isinstance(args.model_config, str):
-        args.model_config = yaml.safe_load(args.model_config)
+    for name in ("model_config", "keep"):
+        if isinstance(value := getattr(args, name), str):
+            setattr(args, name, yaml.safe_load(value))
     for part in args.train:
         if part not in PARTS:
             parser.error(f"--train {part}: no such part. Parts are {', '.join(PARTS)}.")
@@ -447,6 +450,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Train by the options given; return the folder of the finished model."""
     args = parse_args(argv)
     rows = load_rows(args.data)  # before the model: a wrong path should not cost a download
+    rows = keep_rows(rows, args.keep or {})
     rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
     eval_rows = load_rows(args.eval_data) if args.eval_data else None
     output = Path(args.output_dir)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from data_minivlm import augment, decode_image, load_rows
+from data_minivlm import augment, decode_image, keep_rows, load_rows
 from modeling_minivlm import build_vision_tower
 from train_accelerate import (
     build_optimizers,
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> Path:
     args = parser.parse_args(argv)
     recipe = parse_args(["--recipe", args.recipe])
     recipe.optimizer, recipe.learning_rate = "muon", args.learning_rate
-    rows = load_rows(args.data)
+    rows = keep_rows(load_rows(args.data), recipe.keep or {})
     if "concept" not in rows.column_names:
         parser.error(f"{' '.join(args.data)}: no column 'concept' to learn from. Has: {', '.join(rows.column_names)}.")
     torch.manual_seed(args.seed)

@@ -22,6 +22,7 @@ from data_minivlm import (
     PaddingCollator,
     TrainingRows,
     augment,
+    keep_rows,
     load_rows,
     minimind_v,
     rows_by_picture,
@@ -138,6 +139,15 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path):
     pq.write_table(empty, tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match="no rows"):
         load_rows([str(tmp_path / "empty.parquet")])
+
+
+def test_rows_are_kept_by_column(tmp_path):
+    rows = load_rows([write(tmp_path / "a.parquet", [{**row(), "task": "ab"[i % 2], "n": i} for i in range(6)])])
+    assert keep_rows(rows, {"task": ["b"], "n": [1, 2, 3]})["n"] == [1, 3]
+    with pytest.raises(ValueError, match="keep: no column 'tasks'. The data has conversations"):
+        keep_rows(rows, {"tasks": ["b"]})
+    with pytest.raises(ValueError, match="keep: no row has a task among c"):
+        keep_rows(rows, {"task": ["c"]})
 
 
 def mixed_samples():

@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from test_data import row, write
-from tiny import ROOT, TEXT, VISION, make_model
+from tiny import ROOT, TEXT, VISION, make_model, make_pixels, make_prompt
+from transformers import AutoConfig, AutoModel
 
 import train_accelerate
+from scripts import demo
 from scripts.evaluate import evaluate, load_trained, normalise, wilson
-from train_accelerate import build_optimizers, check_gradients, freeze, parse_args, progress, schedule
+from train_accelerate import build, build_optimizers, check_gradients, freeze, parse_args, progress, schedule
 
 CONFIG = json.dumps({"vision_config": VISION, "text_config": TEXT | {"vocab_size": 6400}, "vision_feature_layer": -1})
 TINY = [
@@ -97,8 +100,6 @@ def test_only_the_named_parts_learn(train):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     freeze(model, train)
     args = parse_args([*TINY, "--learning_rate", "1e-2"])
-    from tiny import make_pixels, make_prompt
-
     ids = make_prompt(2, "image", 6)
     model(input_ids=ids, pixel_values=make_pixels(1), labels=ids).loss.backward()
     check_gradients(model)
@@ -119,6 +120,31 @@ def test_a_part_without_gradient_stops_training():
     model(input_ids=ids, labels=ids).loss.backward()  # no picture: the tower gets nothing
     with pytest.raises(RuntimeError, match=r"should learn have no gradient \(model.vision_tower"):
         check_gradients(model)
+
+
+def test_a_trained_tower_is_taken_over(data, tmp_path):
+    """As from the Hub: more blocks than are used, and a final norm that nothing reads."""
+    torch.manual_seed(1)
+    tower = AutoModel.from_config(AutoConfig.for_model(**VISION))
+    tower.save_pretrained(tmp_path / "tower")
+    options = ["--vision_model", str(tmp_path / "tower"), "--data", data]
+    model, _ = build(parse_args([*TINY, *options, "--model_config", CONFIG.replace("-1", "-2")]))
+    assert len(model.model.vision_tower.encoder.layers) == VISION["num_hidden_layers"] - 1
+    for name, weight in model.model.vision_tower.state_dict().items():
+        assert torch.equal(weight, tower.state_dict()[name]), name
+
+
+def test_demo_runs_from_nothing_to_a_contact_sheet(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # compiling takes longer than this whole test
+    monkeypatch.setattr(demo, "evaluate", lambda model, processor, rows: evaluate(model, processor, rows, limit=20))
+    demo.main(["--minutes", "0.1", "--output_dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert out.count("truth: ") == sum(demo.SHOWN.values()) and "exact match" in out
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert len(sheet.getcolors(1 << 24)) > 100
+    code = out.split("Load the model that you just trained:")[1]
+    assert f'model="{(tmp_path / "final").as_posix()}", trust_remote_code=True' in code
 
 
 def test_every_matrix_is_optimised_once():
