@@ -250,8 +250,17 @@ def build_optimizers(model: torch.nn.Module, args: TrainArgs) -> list[torch.opti
     return optimizers
 
 
-def compile_blocks(model: torch.nn.Module) -> None:
-    """Compile each block by itself: equal blocks share the compiled code, so start-up stays short."""
+def compile_blocks(model: torch.nn.Module, device: torch.device) -> None:
+    """Compile each block by itself: equal blocks share the compiled code, so start-up stays short.
+
+    On a machine that cannot compile (no C++ compiler, no Python headers) say so and train without.
+    """
+    try:
+        torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # inductor raises several classes for a missing compiler or header
+        reason = str(error).strip().splitlines()[0]
+        print(f"Not compiled, training will be about half as fast: {reason}. On Debian: apt install g++ python3-dev")
+        return
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList):
             for block in module:
@@ -261,7 +270,9 @@ def compile_blocks(model: torch.nn.Module) -> None:
 def supports_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -465,7 +476,7 @@ def main(argv: list[str] | None = None) -> Path:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if args.compile:
-        compile_blocks(model)
+        compile_blocks(model, accelerator.device)
     optimizers = build_optimizers(model, args)
     state = State()
     accelerator.register_for_checkpointing(state)

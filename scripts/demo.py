@@ -1,7 +1,7 @@
 """Train a small model from nothing, let it name pictures in a style that it never saw: `make demo`.
 
 Under five minutes of training on two CPU cores (a GPU is used when there is one): first the vision tower learns to
-tell 97 things apart, then the whole model learns to speak about them. Then the answers stand beside the truth in the
+tell 96 things apart, then the whole model learns to speak about them. Then the answers stand beside the truth in the
 terminal and in runs/demo/contact_sheet.png.
 """
 

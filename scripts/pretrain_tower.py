@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> Path:
     config.vision_config._attn_implementation = recipe.attn_implementation
     model = Classifier(build_vision_tower(config), len(data.concepts)).to(device).train()
     if recipe.compile:
-        compile_blocks(model)
+        compile_blocks(model, device)
     optimizers = build_optimizers(model, recipe)
     loader = DataLoader(data, batch_sampler=batches(len(data), args.batch_size, args.seed), num_workers=1)
     precision, start, seen, hits = supports_bf16(device), time.perf_counter(), 0, 0.0

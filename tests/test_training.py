@@ -147,6 +147,15 @@ def test_demo_runs_from_nothing_to_a_contact_sheet(tmp_path, capsys, monkeypatch
     assert f'model="{(tmp_path / "final").as_posix()}", trust_remote_code=True' in code
 
 
+def test_a_machine_without_a_compiler_trains_all_the_same(data, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    run(data, tmp_path / "run", "--max_steps", "1", "--compile", "true")
+    assert "Not compiled, training will be about half as fast: No working C++ compiler" in capsys.readouterr().out
+
+
 def test_every_matrix_is_optimised_once():
     model = make_model()
     for name in ("adamw", "muon"):
