@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from test_data import row, write
 from tiny import ROOT, TEXT, VISION, make_model, make_pixels, make_prompt
@@ -30,6 +31,12 @@ TINY = [
     "--log_every",
     "1",
 ]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """A process trains once; here several runs with different precision share one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
