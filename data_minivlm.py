@@ -8,6 +8,7 @@ Whatever is random about a row is a function of (seed, epoch, row index): a resu
 
 import io
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -137,20 +138,23 @@ def decode_image(data: bytes | Image.Image) -> Image.Image:
         raise BadRow(f"unreadable picture: {type(error).__name__}: {error}") from error
 
 
-def augment(image: Image.Image, rng: random.Random) -> Image.Image:
+def augment(image: Image.Image, rng: random.Random, strength: float = 1.0) -> Image.Image:
     """Shift, scale, tilt and tint a picture a little; never mirror it, since left and right are asked about."""
+
+    def spread(limit: float) -> float:
+        return rng.uniform(-limit, limit) * strength
+
     width, height = image.size
-    scale, shear = rng.uniform(0.9, 1.25), rng.uniform(-0.12, 0.12)
-    aspect, tilt = rng.uniform(0.9, 1.1), rng.uniform(-0.12, 0.12)
+    scale, aspect, shear, tilt = math.exp(0.07 + spread(0.17)), math.exp(spread(0.1)), spread(0.12), spread(0.12)
     a, b, d, e = scale * aspect, shear + tilt, -tilt, scale / aspect
     # The centre of the picture moves by at most a twelfth of its width, then the map is applied around it.
-    x, y = width * (0.5 + rng.uniform(-1, 1) / 12), height * (0.5 + rng.uniform(-1, 1) / 12)
+    x, y = width * (0.5 + spread(1 / 12)), height * (0.5 + spread(1 / 12))
     matrix = (a, b, x - a * width / 2 - b * height / 2, d, e, y - d * width / 2 - e * height / 2)
     image = image.transform(
         image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=image.getpixel((0, 0))
     )
     for enhance in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
-        image = enhance(image).enhance(rng.uniform(0.75, 1.25))
+        image = enhance(image).enhance(1 + spread(0.25))
     return image
 
 

@@ -44,7 +44,7 @@ from data_minivlm import (
 )
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from processing_minivlm import MiniVLMProcessor
-from scripts.evaluate import evaluate, load_trained, print_table
+from scripts.evaluate import evaluate, load_trained, print_table, register_config
 
 PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "text": ""}  # text: the rest
 
@@ -165,6 +165,7 @@ def build(args: TrainArgs) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProc
 
 def model_from_scratch(args: TrainArgs):
     """Configuration of `model_config` and the tokenizer that it must have room for."""
+    register_config()  # or AutoTokenizer would ask to run the configuration's code beside a tokenizer of ours
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     config = MiniVLMConfig(**(args.model_config or {}))
     if config.text_config.vocab_size < len(tokenizer):

@@ -18,7 +18,7 @@ from data_minivlm import decode_image, keep_rows, load_rows
 from scripts import pretrain_tower
 from scripts.evaluate import answer, evaluate, load_trained, normalise, print_table, prompts
 
-RECIPE, TEST_DATA = "recipes/demo.yaml", "data/test.parquet"
+RECIPE, TEST_DATA = "recipes/demo.yaml", "data/demo_test.parquet"
 SHOWN = {"choice": 8, "name": 6, "yes_no": 4, "category": 2}  # questions of each task on the sheet
 
 

@@ -28,11 +28,17 @@ from processing_minivlm import MiniVLMProcessor
 GENERATIVE = ("caption",)  # free text: exact match says little, so these stay out of the overall figure
 
 
+def register_config() -> None:
+    """Let transformers' auto classes in this process read our configuration by this checkout's code.
+
+    Never called by the model's own files, or loading them once would trust every later model in silence.
+    """
+    AutoConfig.register("minivlm", MiniVLMConfig, exist_ok=True)
+
+
 def load_trained(path: str | Path) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProcessor]:
     """Model and processor of a folder or Hub id, run by this checkout's code and not by the code saved beside them."""
-    AutoConfig.register(
-        "minivlm", MiniVLMConfig, exist_ok=True
-    )  # not in the remote files, or loading would trust silently
+    register_config()
     return MiniVLMForConditionalGeneration.from_pretrained(path), MiniVLMProcessor.from_pretrained(path)
 
 

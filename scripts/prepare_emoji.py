@@ -55,6 +55,17 @@ ICON_SETS = {  # style -> package
 }
 TRAIN_STYLES = ("noto", "noto-v1", "fluent-flat", "fluent", "fluent-3d")  # Fluent's are one hand: all in train
 DEV_STYLE, TEST_STYLE = "fxemoji", "twemoji"
+DEMO = frozenset(  # things that the demo is about: well known, and unlike one another
+    """
+    ant bat bear bird butterfly cactus camel cat chicken cow crab cricket crocodile deer dog dolphin dove duck
+    elephant fish frog goat gorilla honeybee horse koala lady-beetle leopard lion lizard monkey mouse mushroom
+    octopus owl panda penguin pig rabbit rhinoceros rooster rose scorpion shark snail snake spider sunflower
+    tiger tulip turtle whale wolf avocado banana bread burrito carrot cherries cookie croissant doughnut egg
+    eggplant french-fries grapes hamburger hot-dog hot-pepper ice-cream lemon lollipop peach pear pineapple
+    pizza popcorn strawberry taco tomato watermelon wine-glass airplane ambulance anchor automobile bicycle bus
+    castle fire helicopter rainbow rocket sailboat snowman tractor
+    """.split()
+)
 REQUIRED = ("noto", "fluent-flat", "twemoji")  # a concept missing in one of these families is left out
 # noto-v1 draws these without their frame: a plain square, circle or triangle, which are other concepts.
 MISDRAWN = {"stop-button", "record-button", "upwards-button", "downwards-button"}
@@ -222,9 +233,11 @@ def make_row(task: str, question: str, answer: str, picture: bytes, language: st
     return dict(zip(COLUMNS, values))
 
 
-def wanted_singles(rng, index: int, train: bool) -> list[tuple]:
+def wanted_singles(rng, index: int, split: str) -> list[tuple]:
     """(task, language, canonical) of the questions on one single picture."""
-    if train:
+    if split == "demo_test":  # few pictures: each is asked about in both languages
+        return [(task, language, True) for task in ("name", "choice", "yes_no", "category") for language in LANGUAGES]
+    if split in ("train", "demo_train"):
         both = [(task, language, False) for task in ("name", "choice", "yes_no") for language in LANGUAGES]
         return both + [(task, rng.choice(LANGUAGES), False) for task in ("caption", "category", "colour")]
     first, second = LANGUAGES[index // 2 % 2], LANGUAGES[(index // 2 + 1) % 2]
@@ -235,7 +248,6 @@ def wanted_singles(rng, index: int, train: bool) -> list[tuple]:
 
 
 def build_singles(split: str, styles: tuple, sprites: dict, args) -> list[dict]:
-    train = split == "train"
     pictures = [(style, concept) for style in styles for concept in sprites[style]]
     random.Random(f"{args.seed}/{split}/order").shuffle(pictures)
     pools = {style: list(sprites[style]) for style in styles}
@@ -245,7 +257,7 @@ def build_singles(split: str, styles: tuple, sprites: dict, args) -> list[dict]:
         sprite, main, hidden = sprites[style][concept]
         ground, shade, _ = choose_ground(rng, [hidden])
         picture = encode(draw_single(rng, sprite, shade), args.quality)
-        asked = single_rows(rng, index, concept, main, ground, pools[style], wanted_singles(rng, index, train))
+        asked = single_rows(rng, index, concept, main, ground, pools[style], wanted_singles(rng, index, split))
         for task, language, question, answer in asked:
             rows.append(make_row(task, question, answer, picture, language, style, concept.slug))
     return rows
@@ -323,6 +335,9 @@ def build(args) -> None:
     seen, unseen = [c for c in concepts if c not in held_out], [c for c in concepts if c in held_out]
     args.output.mkdir(parents=True, exist_ok=True)
     number = args.eval_scenes
+    if missing := DEMO - {concept.slug for concept in concepts}:
+        raise ValueError(f"DEMO names {len(missing)} things that the packages lack: {', '.join(sorted(missing)[:5])}.")
+    famous = {style: {c: sprite for c, sprite in found.items() if c.slug in DEMO} for style, found in sprites.items()}
     files = {
         "train": lambda: build_singles("train", TRAIN_STYLES, sprites, args),
         "train_scenes": lambda: build_scenes("train_scenes", TRAIN_STYLES, sprites, seen, args.scenes, args),
@@ -335,9 +350,11 @@ def build(args) -> None:
             + build_scenes("test", (TEST_STYLE,), sprites, concepts, number, args)
         ),
         "test_compositions": lambda: build_scenes("test_compositions", TRAIN_STYLES, sprites, unseen, number, args),
+        "demo_train": lambda: build_singles("demo_train", TRAIN_STYLES, famous, args),
+        "demo_test": lambda: build_singles("demo_test", (TEST_STYLE,), famous, args),
     }
     for name, make in files.items():
-        write(make(), args.output / f"{name}.parquet", args.seed, shuffle=not name.startswith("train"))
+        write(make(), args.output / f"{name}.parquet", args.seed, shuffle="train" not in name)
 
 
 def report(folder: Path) -> None:

@@ -20,13 +20,15 @@ from scripts.emoji_pictures import BACKGROUNDS, choose_ground, draw_single, look
 from scripts.emoji_questions import CATEGORIES, COLORS, PHRASES, POSITIONS, Concept, confusable, only_left
 
 DATA = Path(__file__).parent.parent / "data"
-FILES = ("train", "train_scenes", "dev", "test", "test_compositions")
+FILES = ("train", "train_scenes", "dev", "test", "test_compositions", "demo_train", "demo_test")
 STYLES = {
     "train": set(prepare_emoji.TRAIN_STYLES),
     "train_scenes": set(prepare_emoji.TRAIN_STYLES),
     "dev": {"fxemoji"},
     "test": {"twemoji"},
     "test_compositions": set(prepare_emoji.TRAIN_STYLES),
+    "demo_train": set(prepare_emoji.TRAIN_STYLES),
+    "demo_test": {"twemoji"},
 }
 CANONICAL = {  # as a pattern; the table of questions in data/README.md
     ("caption", "en"): r"Describe this picture\.",
@@ -134,6 +136,18 @@ def test_no_style_and_no_picture_is_in_training_and_in_a_test_of_styles():
     assert not training & (STYLES["dev"] | STYLES["test"]) and not STYLES["dev"] & STYLES["test"]
     seen = pictures("train") | pictures("train_scenes")
     assert not any(seen & pictures(name) for name in ("dev", "test", "test_compositions"))
+    assert not pictures("demo_train") & pictures("demo_test")
+
+
+def test_demo_asks_about_nothing_but_its_own_things():
+    """An option that the demo never taught would be no fair question."""
+    for name in ("demo_train", "demo_test"):
+        assert {row[3] for row in rows(name)} == prepare_emoji.DEMO
+        named = {row[5] for row in rows(name) if row[0] == "name"}
+        for task, language, _, _, question, answer in rows(name):
+            if task == "choice" and name == "demo_test":
+                listed = re.split(r": |, | or |\?" if language == "en" else "[：、？]", question)[1:5]
+                assert answer in listed and set(listed) <= named and len(set(listed)) == 4
 
 
 def test_new_compositions_are_made_of_things_that_no_training_scene_shows_or_names():
@@ -169,7 +183,7 @@ def test_no_word_gives_yes_or_no_away():
     assert len(share) > 500 and 0.4 < sum(share) / len(share) < 0.6
 
 
-@pytest.mark.parametrize("name", ("train", "dev", "test"))
+@pytest.mark.parametrize("name", ("train", "dev", "test", "demo_train", "demo_test"))
 def test_a_choice_holds_its_answer_once_at_a_uniform_place(name):
     places = Counter()
     for task, language, _, _, question, answer in rows(name):
@@ -192,7 +206,7 @@ def test_canonical_questions_alone_in_evaluation_and_among_others_in_training(na
     for task, language, _, _, question, _ in rows(name):
         asked.setdefault((task, language), Counter())[bool(re.fullmatch(CANONICAL[task, language], question))] += 1
     for key, counts in asked.items():
-        if name.startswith("train"):
+        if "train" in name:
             assert 0.2 < counts[True] / counts.total() < 0.45 and len(PHRASES[key]) >= 5, key
         else:
             assert counts[False] == 0, key
@@ -284,8 +298,9 @@ def make_packages(folder: Path) -> Path:
     return folder
 
 
-def test_builder_writes_the_same_bytes_for_the_same_seed(tmp_path):
+def test_builder_writes_the_same_bytes_for_the_same_seed(tmp_path, monkeypatch):
     packages = make_packages(tmp_path / "packages")
+    monkeypatch.setattr(prepare_emoji, "DEMO", frozenset(f"b{end}" for end in ("an", "et", "il", "op", "um")))
 
     def build(output: str, seed: int) -> dict[str, bytes]:
         arguments = [
