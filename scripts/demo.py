@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     half = str(args.minutes / 2)
     print("1/3  The vision tower learns to tell things apart.", flush=True)
-    tower = ["--recipe", RECIPE, "--minutes", half, "--learning_rate", "3e-3", "--batch_size", "32"]
+    data = train_accelerate.parse_args(["--recipe", RECIPE]).data
+    tower = ["--recipe", RECIPE, "--data", *data, "--minutes", half, "--learning_rate", "3e-3", "--batch_size", "32"]
     pretrain_tower.main([*tower, "--output_dir", str(args.output_dir / "tower")])
     print("2/3  The model learns to answer questions about them.", flush=True)
     options = ["--recipe", RECIPE, "--vision_model", str(args.output_dir / "tower"), "--max_minutes", half]

@@ -274,3 +274,17 @@ def test_augmentation_never_mirrors():
         pixels = augment(picture, random.Random(seed)).load()
         left, right = ([pixels[x, 32] for x in xs] for xs in (range(32), range(32, 64)))
         assert sum(g for _, g, _ in left) < sum(g for _, g, _ in right)
+
+
+def test_no_row_is_asked_to_predict_the_next_rows_first_token():
+    """Even where a template lets the first token carry loss: the token before it belongs to another row."""
+    sample = {
+        "input_ids": torch.tensor([5, 6, 7]),
+        "labels": torch.tensor([5, 6, 7]),
+        "position_ids": torch.arange(3),
+        "branch": torch.zeros(3, dtype=torch.long),
+        "pixel_values": torch.empty(0),
+        "bad_rows": [],
+    }
+    for collator in (PackingCollator(), PaddingCollator(0)):
+        assert collator([sample, sample])["shift_labels"].tolist() == [[6, 7, 6, 7]]
