@@ -217,7 +217,7 @@ def run_elsewhere(code, tmp_path, *arguments):
 def test_a_saved_checkpoint_answers_without_the_project(checkpoint, tmp_path):
     folder, model, processor = checkpoint
     run_elsewhere(LOAD, tmp_path, folder, tmp_path / "again", tmp_path / "result.pt")
-    result = torch.load(tmp_path / "result.pt")
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
     picture = {"type": "image", "image": Image.radial_gradient("L").convert("RGB")}
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}],
