@@ -1,139 +1,43 @@
-"""Rows of pictures and conversations, from a file to the tensors that the model trains on.
+"""Rows of pictures and conversations, from the form that `sources_minivlm.py` gives them to the model's tensors.
 
-    parquet row -> adapter -> {"images", "messages"} -> Encoder -> token ids, labels, pixels -> collator -> batch
+    {"images", "messages"} -> Encoder -> token ids, labels, pixels -> collator -> batch
 
 Labels come from the chat template's `{% generation %}` blocks: the assistant's words and the end token, nothing else.
 Whatever is random about a row is a function of (seed, epoch, row index): a resumed run sees what it would have seen.
 """
 
 import io
-import json
 import math
 import random
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from glob import glob
+from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow
 import torch
-from datasets import Dataset, concatenate_datasets
+from jinja2 import TemplateError
 from PIL import Image, ImageEnhance
-from pyarrow import parquet
 from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 
 from processing_minivlm import to_rgb
+from sources_minivlm import BadRow, Rows
 
-IMAGE_MARKER = "<image>"  # how MiniMind-V, LLaVA and others write a picture into text
 IGNORE = -100  # label of a token that carries no loss
 SHIELD = "\ufdd0"  # a Unicode noncharacter, never part of text: keeps typed control tokens from becoming real ones
-
-
-# --------------------------------------------------------------------------------------------------- sources
-
-
-def load_rows(sources: list[str]) -> Dataset:
-    """Load parquet files (paths, folders or globs) into one map-style dataset, in the order given.
-
-    Raises:
-        FileNotFoundError: a source matches no file.
-        ValueError: a file is not parquet, lacks the columns of every known schema, or there are no rows at all.
-    """
-    parts = []
-    for source in sources:
-        path = Path(source)
-        files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else sorted(glob(source))
-        if not files:
-            raise FileNotFoundError(f"{source}: no such parquet file, folder with parquet files, or glob.")
-        for file in files:
-            try:
-                metadata = parquet.read_metadata(file)
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                raise ValueError(f"{file}: not a readable parquet file ({error}).") from error
-            find_adapter(metadata.schema.to_arrow_schema().names, file)
-            if metadata.num_rows:
-                parts.append(Dataset.from_parquet(file))
-    if not parts:
-        raise ValueError(f"{', '.join(sources)}: no rows. Training needs at least one.")
-    return concatenate_datasets(parts)
-
-
-def keep_rows(rows: Dataset, keep: dict[str, list]) -> Dataset:
-    """Keep the rows whose `column` holds one of the values, for every column of `keep`.
-
-    Raises:
-        ValueError: there is no such column, or no row is left.
-    """
-    for column, values in keep.items():
-        if column not in rows.column_names:
-            raise ValueError(f"keep: no column {column!r}. The data has {', '.join(rows.column_names)}.")
-        rows = rows.select([i for i, value in enumerate(rows[column]) if value in set(values)])
-        if not len(rows):
-            raise ValueError(f"keep: no row has a {column} among {', '.join(map(str, values))}.")
-    return rows
-
-
-# -------------------------------------------------------------------------------------------------- adapters
-
-
-def minimind_v(row: dict) -> dict:
-    """MiniMind-V parquet: `conversations` (JSON string or list of {role, content}) and `image_bytes` (one or a list).
-
-    A picture stands in the text as `<image>`. Text-only rows carry an 8 x 8 black picture, which is left out.
-    """
-    turns = row["conversations"]
-    turns = json.loads(turns) if isinstance(turns, str) else turns
-    images = row["image_bytes"] or []
-    images = images if isinstance(images, list) else [images]
-    messages = [{"role": turn["role"], "content": split_markers(turn["content"])} for turn in turns]
-    if not any(part["type"] == "image" for message in messages for part in message["content"]):
-        images = [image for image in images if not is_placeholder(image)]
-    return {"images": images, "messages": messages}
-
-
-ADAPTERS = {minimind_v: {"conversations", "image_bytes"}}  # adapter -> the columns it recognises a source by
-
-
-def find_adapter(columns: list[str], source: str):
-    """Return the adapter whose columns are all among `columns`; its row is `{"images": [...], "messages": [...]}`."""
-    for adapter, needed in ADAPTERS.items():
-        if needed <= set(columns):
-            return adapter
-    known = "; ".join(f"{adapter.__name__}: {', '.join(sorted(needed))}" for adapter, needed in ADAPTERS.items())
-    raise ValueError(f"{source}: columns {', '.join(columns)} fit no known schema. Known are {known}.")
-
-
-def split_markers(text: str) -> list[dict]:
-    """Turn "<image>\\nWhat is it?" into typed content. The line break beside a marker belongs to the chat template."""
-    parts = []
-    for i, piece in enumerate(text.split(IMAGE_MARKER)):
-        parts += [{"type": "image"}] * (i > 0)
-        piece = piece.removeprefix("\n") if i else piece
-        parts += [{"type": "text", "text": piece}] * bool(piece)
-    return parts
-
-
-def is_placeholder(image: bytes) -> bool:
-    """Whether a picture is the 8 x 8 black one that MiniMind-V puts into rows without a picture."""
-    with Image.open(io.BytesIO(image)) as picture:
-        return picture.size == (8, 8) and picture.convert("L").getextrema() == (0, 0)
 
 
 # --------------------------------------------------------------------------------------------- rows to tensors
 
 
-class BadRow(ValueError):
-    """A row that cannot be trained on: counted and skipped by the trainer, up to `--max_bad_rows`."""
-
-
-def decode_image(data: bytes | Image.Image) -> Image.Image:
-    """Decode one picture to RGB, as a person would see it."""
+def decode_image(data: bytes | Path | Image.Image) -> Image.Image:
+    """Decode one picture, or the file that a path names, to RGB, as a person would see it."""
     try:
-        image = data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data))
-        return to_rgb(image)
+        if isinstance(data, Image.Image):
+            return to_rgb(data)
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            return to_rgb(image)
     except Exception as error:  # Pillow raises a dozen classes for a damaged file
         raise BadRow(f"unreadable picture: {type(error).__name__}: {error}") from error
 
@@ -230,7 +134,10 @@ class Encoder:
         )
         if markers != len(row["images"]):
             raise BadRow(f"{markers} picture markers in the text but {len(row['images'])} pictures")
-        ids, labels = self.tokens(row["messages"])
+        try:
+            ids, labels = self.tokens(row["messages"])
+        except TemplateError as error:  # a picture in the assistant's turn, a system turn that is not the first
+            raise BadRow(f"refused by the chat template: {error}") from error
         if len(ids) > self.max_length:
             raise BadRow(f"{len(ids)} tokens, more than max_length={self.max_length}")
         if all(label == IGNORE for label in labels[1:]):
@@ -258,6 +165,7 @@ def share_prefix(samples: list[dict], image_token_id: int) -> dict[str, torch.Te
     first = samples[0]
     is_image = (first["input_ids"] == image_token_id).nonzero()
     shared = int(is_image[-1]) + 1 if len(samples) > 1 else 0
+    assert all(torch.equal(s["input_ids"][:shared], first["input_ids"][:shared]) for s in samples)
     parts = {"input_ids": [first["input_ids"][:shared]], "labels": [first["labels"][:shared]]}
     lengths = [shared]
     for sample in samples:
@@ -281,14 +189,10 @@ class TrainingRows(torch.utils.data.Dataset):
     sample lists index and reason of each.
     """
 
-    rows: Dataset
+    rows: Rows
     encoder: Encoder
     seed: int = 0
     augment: bool = False
-    adapter: object = field(init=False)
-
-    def __post_init__(self):
-        self.adapter = find_adapter(self.rows.column_names, "rows")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -307,30 +211,43 @@ class TrainingRows(torch.utils.data.Dataset):
 
     def _encode(self, index: int, seed: str, bad: list, pictures: bool = True) -> list[dict]:
         try:
-            try:
-                row = self.adapter(self.rows[index])
-            except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
-                reason = f"not in the form of {self.adapter.__name__}: {type(error).__name__}: {error}"
-                raise BadRow(reason) from error
-            return [self.encoder(row, random.Random(seed) if self.augment else None, pictures)]
+            return [self.encoder(self.rows.adapt(index), random.Random(seed) if self.augment else None, pictures)]
         except BadRow as error:
-            bad.append((index, str(error)))
+            bad.append((index, f"{error}: {self.rows.where(index)}"))
             return []
 
 
 # -------------------------------------------------------------------------------------------------- batches
 
 
-def rows_by_picture(rows: Dataset, most: int) -> list[tuple[int, ...]]:
-    """Group rows whose picture is the same, byte for byte, into units of at most `most` rows of like number."""
-    groups: dict[int, list[int]] = {}
-    for index, image in enumerate(rows["image_bytes"]):
-        groups.setdefault(hash(image if isinstance(image, bytes) else tuple(image)), []).append(index)
+def rows_by_picture(rows: Rows, most: int) -> list[tuple[int, ...]]:
+    """Group rows that are the same up to the end of their last picture into units of at most `most` of like number."""
+    groups: dict[int | str, list[int]] = {}
+    for index in range(len(rows)):
+        try:
+            key = beginning(rows.adapt(index))
+        except BadRow:  # stays by itself, to be counted when it is drawn
+            key = None
+        groups.setdefault(f"row {index}" if key is None else key, []).append(index)
     units = []
     for group in groups.values():
         pieces = -(-len(group) // most)
         units += [tuple(group[i::pieces]) for i in range(pieces)]
     return units
+
+
+def beginning(sample: dict) -> int | None:
+    """Hash of a sample's pictures and of all messages up to the last of them; None without pictures."""
+    if not sample["images"]:
+        return None
+    before, shared = [], []
+    for message in sample["messages"]:
+        for part in [message["role"], *message["content"]]:
+            before.append(part)
+            if part == {"type": "image"}:
+                shared = list(before)
+    images = [image.tobytes() if isinstance(image, Image.Image) else image for image in sample["images"]]
+    return hash((*images, repr(shared)))
 
 
 class GlobalBatchSampler(Sampler):

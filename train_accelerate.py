@@ -38,15 +38,21 @@ from data_minivlm import (
     PaddingCollator,
     TrainingRows,
     describe_bad_rows,
-    keep_rows,
-    load_rows,
     rows_by_picture,
 )
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from processing_minivlm import MiniVLMProcessor
 from scripts.evaluate import evaluate, load_trained, print_table, register_config
+from sources_minivlm import ADAPTERS, keep_rows, load_rows
 
 PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "text": ""}  # text: the rest
+
+
+DATA_HELP = (
+    "Data to train on, schemas mixed at will: parquet, jsonl, json or webdataset tar files, folders or globs of them, "
+    "or hub:owner/name[:config[:split]]. The schema is told from the columns; FILE::ADAPTER forces one of "
+    f"{', '.join(adapter.__name__ for adapter in ADAPTERS)}. Pictures given by name lie in the folder of their file."
+)
 
 
 def option(default, text, **kwargs):
@@ -62,10 +68,10 @@ class TrainArgs:
     model_config: str | None = option(None, "MiniVLMConfig of a model from scratch: a mapping in a recipe, or JSON.")
     vision_model: str | None = option(None, "Folder or Hub id of a trained vision tower for a model from scratch.")
     tokenizer: str = option(".", "Folder or Hub id of tokenizer and chat template for a model from scratch.")
-    data: list[str] = option(["data/train.parquet"], "Parquet files, folders or globs to train on.")
+    data: list[str] = option(["data/train.parquet"], DATA_HELP)
     keep: str | None = option(None, "Rows to train on: a mapping from column to values in a recipe, or JSON.")
     max_rows: int | None = option(None, "Train on the first so many rows only.")
-    eval_data: list[str] = option([], "Parquet files to answer after training; exact match is reported.")
+    eval_data: list[str] = option([], "Data to answer after training, named as for data; exact match is reported.")
     eval_limit: int = option(2000, "Rows of eval_data to answer.")
     output_dir: str = option("runs/train", "Folder for checkpoints, the log and the final model.")
     train: list[str] = option(["vision", "projector", "text"], "Parts that learn: vision, projector, text.")
@@ -486,7 +492,7 @@ def main(argv: list[str] | None = None) -> Path:
     if checkpoint:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"continuing from {checkpoint}")
-    sizes = [len(str(text).encode()) for text in rows["conversations"]]
+    sizes = rows.sizes()
     units = rows_by_picture(rows, args.share_pictures) if args.share_pictures > 1 else [(i,) for i in range(len(rows))]
     sampler = GlobalBatchSampler(
         units,

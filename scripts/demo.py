@@ -14,9 +14,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import train_accelerate
-from data_minivlm import decode_image, keep_rows, load_rows
+from data_minivlm import decode_image
 from scripts import pretrain_tower
 from scripts.evaluate import answer, evaluate, load_trained, normalise, print_table, prompts
+from sources_minivlm import keep_rows, load_rows
 
 RECIPE, TEST_DATA = "recipes/demo.yaml", "data/demo_test.parquet"
 SHOWN = {"choice": 8, "name": 6, "yes_no": 4, "category": 2}  # questions of each task on the sheet

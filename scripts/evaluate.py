@@ -16,14 +16,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from configuration_minivlm import MiniVLMConfig
-from data_minivlm import BadRow, decode_image, find_adapter, load_rows
+from data_minivlm import decode_image
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from processing_minivlm import MiniVLMProcessor
+from sources_minivlm import BadRow, Rows, load_rows
 
 GENERATIVE = ("caption",)  # free text: exact match says little, so these stay out of the overall figure
 
@@ -56,11 +56,14 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def prompts(rows: Dataset, processor: ProcessorMixin) -> list[dict]:
+def prompts(rows: Rows, processor: ProcessorMixin) -> list[dict]:
     """Prompt, pictures and reference of each row: everything before its last assistant turn is the question."""
-    adapter, prepared = find_adapter(rows.column_names, "eval data"), []
-    for index, row in enumerate(rows):
-        sample = adapter(row)
+    prepared = []
+    for index in range(len(rows)):
+        try:
+            row, sample = rows[index], rows.adapt(index)
+        except BadRow as error:
+            raise ValueError(f"{rows.where(index)}: {error}. Evaluation counts every row, so mend it.") from error
         *question, answer = sample["messages"]
         if answer["role"] != "assistant":
             raise ValueError(f"Row {index} does not end with an assistant turn, so there is nothing to compare with.")
@@ -94,7 +97,7 @@ def answer(
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def evaluate(model, processor, rows: Dataset, limit: int | None = None, batch_size: int = 64) -> dict:
+def evaluate(model, processor, rows: Rows, limit: int | None = None, batch_size: int = 64) -> dict:
     """Exact match of the first `limit` rows.
 
     Returns:
@@ -161,7 +164,9 @@ def print_cell(task: str, language: str, c: dict) -> None:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(prog="python -m scripts.evaluate", description=__doc__)
     parser.add_argument("model", nargs="?", default=".", help="Folder of a model. Default: the repository's own.")
-    parser.add_argument("--data", nargs="+", default=["data/test.parquet"], help="Parquet files, folders or globs.")
+    parser.add_argument(
+        "--data", nargs="+", default=["data/test.parquet"], help="Files, folders or globs, as for training."
+    )
     parser.add_argument("--limit", type=int, help="Answer only the first rows. Default: all.")
     parser.add_argument("--batch_size", type=int, default=64, help="Rows answered at once.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to compute.")

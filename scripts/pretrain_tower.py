@@ -21,8 +21,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from data_minivlm import augment, decode_image, keep_rows, load_rows
+from data_minivlm import augment, decode_image
 from modeling_minivlm import build_vision_tower
+from sources_minivlm import Rows, keep_rows, load_rows
 from train_accelerate import (
     build_optimizers,
     build_processor,
@@ -57,9 +58,14 @@ def redraw(image: Image.Image, rng: random.Random) -> Image.Image:
 class Pictures(Dataset):
     """Each picture of the data once, with the number of its concept; `epoch, index` decides the augmentation."""
 
-    def __init__(self, rows, image_processor, seed: int):
+    def __init__(self, rows: Rows, image_processor, seed: int):
         self.image_processor, self.seed = image_processor, seed
-        found = dict(zip(rows["image_bytes"], rows["concept"]))
+        found = {}
+        for index, concept in enumerate(rows["concept"]):
+            images = rows.adapt(index)["images"]
+            if len(images) != 1:
+                raise ValueError(f"{rows.where(index)}: {len(images)} pictures, but its concept can name only one.")
+            found[images[0]] = concept
         self.concepts = sorted(set(found.values()))
         number = {concept: i for i, concept in enumerate(self.concepts)}
         self.pictures = [(decode_image(image), number[concept]) for image, concept in found.items()]
@@ -106,7 +112,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(prog="python -m scripts.pretrain_tower", description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", required=True, help="Recipe whose model_config describes the tower.")
     parser.add_argument(
-        "--data", nargs="+", default=["data/train.parquet"], help="Parquet files with a concept column."
+        "--data", nargs="+", default=["data/train.parquet"], help="Files, folders or globs, with a concept column."
     )
     parser.add_argument("--minutes", type=float, default=15, help="Training time.")
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures per step.")

@@ -22,12 +22,10 @@ from data_minivlm import (
     PaddingCollator,
     TrainingRows,
     augment,
-    keep_rows,
-    load_rows,
-    minimind_v,
     rows_by_picture,
     share_prefix,
 )
+from sources_minivlm import keep_rows, load_rows, minimind_v
 
 PROCESSOR = make_processor()
 ENCODER = Encoder(PROCESSOR, max_length=512)
