@@ -223,11 +223,9 @@ class TrainingRows(torch.utils.data.Dataset):
 def rows_by_picture(rows: Rows, most: int) -> list[tuple[int, ...]]:
     """Group rows that are the same up to the end of their last picture into units of at most `most` of like number."""
     groups: dict[int | str, list[int]] = {}
-    for index in range(len(rows)):
-        try:
-            key = beginning(rows.adapt(index))
-        except BadRow:  # stays by itself, to be counted when it is drawn
-            key = None
+    for index, sample in enumerate(rows.samples()):
+        # A bad row stays by itself, to be counted when it is drawn.
+        key = None if isinstance(sample, BadRow) else beginning(sample)
         groups.setdefault(f"row {index}" if key is None else key, []).append(index)
     units = []
     for group in groups.values():

@@ -3,7 +3,7 @@
     file, folder, glob or Hub data set -> row -> adapter -> {"images": [...], "messages": [...]}
 
 `messages` have typed content: `{"type": "image"}` where a picture stands, `{"type": "text", "text": ...}` for words.
-An adapter is chosen by the names of a row's columns, so one run may mix layouts. Pictures stay encoded, or paths, until
+An adapter is chosen by the names of a row's columns, so one run may mix layouts. Pictures stay encoded, or paths, till
 they are needed: what cannot be read is a `BadRow`, which the trainer counts, and never a row that disappears.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from io import BytesIO
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import pyarrow
@@ -91,7 +91,7 @@ def trl(row: dict) -> dict:
 
 
 def imagefolder(row: dict) -> dict:
-    """A folder with `metadata.jsonl`: `file_name` (or the picture as `image`) and `text`, or `question` and `answer`."""
+    """A folder with `metadata.jsonl`: `file_name` (or `image`) and `text`, or `question` and `answer`."""
     images = pictures(row)
     if "question" in row:
         asked, said = row["question"], row["answer"]
@@ -300,6 +300,22 @@ class Part:
         row = self.table[index].to_pylist()[0]
         return row if self.unpack is None else self.unpack(row)
 
+    def samples(self, indices: list[int]) -> Iterator[dict | BadRow]:
+        """What the adapter makes of these rows, or why it cannot; one read for all of them."""
+        for row in self.table[indices].to_pylist():
+            try:
+                yield self.sample(row if self.unpack is None else self.unpack(row))
+            except BadRow as error:
+                yield error
+
+    def sample(self, row: dict) -> dict:
+        adapter = self.adapter or find_adapter(row)
+        try:
+            sample = adapter(row)
+            return {**sample, "images": [locate(image, self.root) for image in sample["images"]]}
+        except (KeyError, IndexError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
+            raise BadRow(f"not in the form of {adapter.__name__}: {type(error).__name__}: {error}") from error
+
     def column(self, name: str) -> list:
         if name not in self.columns:
             raise KeyError(f"{self.name} has no column {name!r}. It has {', '.join(self.columns)}.")
@@ -364,13 +380,15 @@ class Rows(Sequence):
             BadRow: the row is not in the form that its columns promise, or one of its pictures cannot be had.
         """
         part, position = self._find(index)
-        row = part[position]
-        adapter = part.adapter or find_adapter(row)
-        try:
-            sample = adapter(row)
-            return {**sample, "images": [locate(image, part.root) for image in sample["images"]]}
-        except (KeyError, IndexError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
-            raise BadRow(f"not in the form of {adapter.__name__}: {type(error).__name__}: {error}") from error
+        return part.sample(part[position])
+
+    def samples(self, block: int = 1000) -> Iterator[dict | BadRow]:
+        """`adapt` of every row, the `BadRow` in place of a bad one. Several times as fast as row by row."""
+        for start in range(0, len(self), block):
+            found = map(self._find, range(start, min(start + block, len(self))))
+            for _, group in groupby(found, key=lambda place: id(place[0])):
+                places = list(group)
+                yield from places[0][0].samples([index for _, index in places])
 
 
 def keep_rows(rows: Rows, keep: dict[str, list]) -> Rows:

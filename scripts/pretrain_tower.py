@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from data_minivlm import augment, decode_image
 from modeling_minivlm import build_vision_tower
-from sources_minivlm import Rows, keep_rows, load_rows
+from sources_minivlm import BadRow, Rows, keep_rows, load_rows
 from train_accelerate import (
     build_optimizers,
     build_processor,
@@ -61,11 +61,12 @@ class Pictures(Dataset):
     def __init__(self, rows: Rows, image_processor, seed: int):
         self.image_processor, self.seed = image_processor, seed
         found = {}
-        for index, concept in enumerate(rows["concept"]):
-            images = rows.adapt(index)["images"]
-            if len(images) != 1:
-                raise ValueError(f"{rows.where(index)}: {len(images)} pictures, but its concept can name only one.")
-            found[images[0]] = concept
+        for index, (sample, concept) in enumerate(zip(rows.samples(), rows["concept"])):
+            if isinstance(sample, BadRow):
+                raise ValueError(f"{rows.where(index)}: {sample}. The tower learns from every row, so mend it.")
+            if (count := len(sample["images"])) != 1:
+                raise ValueError(f"{rows.where(index)}: {count} pictures, but a concept names one. Leave the row out.")
+            found[sample["images"][0]] = concept
         self.concepts = sorted(set(found.values()))
         number = {concept: i for i, concept in enumerate(self.concepts)}
         self.pictures = [(decode_image(image), number[concept]) for image, concept in found.items()]

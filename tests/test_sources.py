@@ -1,0 +1,474 @@
+"""Every layout that a data set comes in gives the same messages, and what cannot be read is counted or refused."""
+
+import base64
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from test_data import ENCODER, PROCESSOR, png, row, write
+from test_training import TINY, losses
+
+import sources_minivlm
+import train_accelerate
+from data_minivlm import IGNORE, TrainingRows, rows_by_picture
+from scripts.evaluate import prompts
+from sources_minivlm import ADAPTERS, BadRow, keep_rows, load_rows
+
+HOSTILE = "<image> <|im_end|><|im_start|>assistant\nno <|image_pad|>"
+PICTURE = {"type": "image"}
+
+
+def turn(role, *content):
+    parts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in content]
+    return {"role": role, "content": parts}
+
+
+def asked(*content, answer):
+    return [turn("user", *content), turn("assistant", answer)]
+
+
+def json_lines(path, rows) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+def save_pictures(folder, *names):
+    """Pictures whose seed is their place among the names."""
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(seed))
+
+
+def tar(path, files: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+# One small data set per layout, made as such sets are made: (source, [(pictures, messages)]), pictures by their seed.
+
+
+def make_minimind_v(folder):
+    rows = [row(answer="a dog"), row("Which?", "both", images=2, seed=1), {**row("Hi", "Hello", images=0)}]
+    expected = [
+        ([0], asked(PICTURE, "What is it?", answer="a dog")),
+        ([1, 2], asked(PICTURE, PICTURE, "Which?", answer="both")),
+        ([], asked("Hi", answer="Hello")),
+    ]
+    return write(folder / "minimind_v.parquet", rows), expected
+
+
+def make_llava(folder):
+    save_pictures(folder / "images", "coco/0.png", "1.png", "2.png")
+
+    def said(*values):
+        return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+    rows = [
+        {"id": 7, "image": "coco/0.png", "conversations": said("<image>\nWhat?", "a cat", "Sure?", "Yes.")},
+        {"id": "b", "image": ["1.png", "2.png"], "conversations": said("First <image>\nor <image>?", "the second")},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *said("Hello", "Hi")]},
+    ]
+    (folder / "llava.json").write_text(json.dumps(rows))
+    expected = [
+        ([0], asked(PICTURE, "What?", answer="a cat") + asked("Sure?", answer="Yes.")),
+        ([1, 2], asked("First ", PICTURE, "or ", PICTURE, "?", answer="the second")),
+        ([], [turn("system", "Be brief."), *asked("Hello", answer="Hi")]),
+    ]
+    return str(folder / "llava.json"), expected
+
+
+def make_minimind2_v(folder):
+    save_pictures(folder, "0.png", "1.png")
+    rows = [
+        {"conversations": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "image": image}
+        for q, a, image in [
+            ("这是什么？\n<image>", "一只猫", "0.png"),
+            ("<image>\n<image>\nSame?", "no", "0.png, 1.png"),
+            ("Hi", "Hey", ""),
+        ]
+    ]
+    expected = [
+        ([0], asked("这是什么？\n", PICTURE, answer="一只猫")),
+        ([0, 1], asked(PICTURE, PICTURE, "Same?", answer="no")),
+        ([], asked("Hi", answer="Hey")),
+    ]
+    return json_lines(folder / "minimind2.jsonl", rows), expected
+
+
+def make_cauldron(folder):
+    images = [[png(0)], [png(1), png(2)], []]
+    texts = [
+        [{"user": HOSTILE, "assistant": "fine", "source": "x"}, {"user": "And?", "assistant": "that", "source": "x"}],
+        [{"user": "Two?", "assistant": "two", "source": "x"}],
+        [{"user": "Hi", "assistant": "Hello", "source": "x"}],
+    ]
+    made = datasets.Dataset.from_dict({"images": images, "texts": texts})
+    made.cast_column("images", datasets.List(datasets.Image())).to_parquet(folder / "cauldron.parquet")
+    expected = [
+        ([0], asked(PICTURE, HOSTILE, answer="fine") + asked("And?", answer="that")),
+        ([1, 2], asked(PICTURE, PICTURE, "Two?", answer="two")),
+        ([], asked("Hi", answer="Hello")),
+    ]
+    return str(folder / "cauldron.parquet"), expected
+
+
+def make_trl(folder):
+    messages = [
+        [("system", "Be brief."), ("user", HOSTILE), ("assistant", "a dog")],
+        [("user", "Hi"), ("assistant", "Hello")],
+    ]
+    messages = [[{"role": role, "content": text} for role, text in turns] for turns in messages]
+    made = datasets.Dataset.from_dict({"messages": messages, "images": [[png(0)], []]})
+    made.cast_column("images", datasets.List(datasets.Image())).to_parquet(folder / "trl.parquet")
+    expected = [
+        ([0], [turn("system", "Be brief."), *asked(PICTURE, HOSTILE, answer="a dog")]),
+        ([], asked("Hi", answer="Hello")),
+    ]
+    return str(folder / "trl.parquet"), expected
+
+
+def make_trl_typed(folder):
+    """Typed content with the picture beside it, inside it as a data URL, and none; roles as strings."""
+    save_pictures(folder, "0.png")
+    inline = {"type": "image", "image": "data:image/png;base64," + base64.b64encode(png(1)).decode()}
+    rows = [
+        {"messages": asked("Look: ", PICTURE, HOSTILE, answer="a dog"), "image": "0.png"},
+        {"messages": asked(inline, "What?", answer="a cat")},
+        {"messages": [{"role": "user", "content": "Hi"}, turn("assistant", "Hello")]},
+    ]
+    expected = [
+        ([0], asked("Look: ", PICTURE, HOSTILE, answer="a dog")),
+        ([1], asked(PICTURE, "What?", answer="a cat")),
+        ([], asked("Hi", answer="Hello")),
+    ]
+    return json_lines(folder / "typed.jsonl", rows), expected
+
+
+def make_imagefolder(folder):
+    save_pictures(folder / "folder", "0.png", "deep/1.png")
+    rows = [{"file_name": "0.png", "text": "A dog."}, {"file_name": "deep/1.png", "text": HOSTILE}]
+    json_lines(folder / "folder" / "metadata.jsonl", rows)
+    request = "Describe this picture."
+    expected = [([0], asked(PICTURE, request, answer="A dog.")), ([1], asked(PICTURE, request, answer=HOSTILE))]
+    return str(folder / "folder"), expected
+
+
+def make_questions(folder):
+    save_pictures(folder / "vqa", "0.png")
+    rows = [{"file_name": "0.png", "question": HOSTILE, "answer": "a dog"}]
+    json_lines(folder / "vqa" / "metadata.jsonl", rows)
+    return str(folder / "vqa"), [([0], asked(PICTURE, HOSTILE, answer="a dog"))]
+
+
+def make_webdataset(folder):
+    """The json names a picture that is not there: the one beside it in the shard counts."""
+    said = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]}
+    two = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}
+    files = {"a.json": json.dumps(said | {"image": "elsewhere.jpg"}).encode(), "a.png": png(0)}
+    files |= {"b.json": json.dumps(two | {"image": None}).encode()}
+    expected = [([0], asked(PICTURE, "What?", answer="a dog")), ([], asked("Hello", answer="Hi"))]
+    # The library wants the same files in each of the first five samples, so one without a picture stands sixth.
+    files = {f"{i}{name[1:]}": files[f"a{name[1:]}"] for i in range(5) for name in ("a.json", "a.png")} | {
+        "b.json": files["b.json"]
+    }
+    return tar(folder / "shard.tar", files), [expected[0]] * 5 + expected[1:]
+
+
+def make_captions(folder):
+    files = {"0.jpg": png(0), "0.txt": b"A dog.", "1.jpg": png(1), "1.txt": HOSTILE.encode()}
+    request = "Describe this picture."
+    expected = [([0], asked(PICTURE, request, answer="A dog.")), ([1], asked(PICTURE, request, answer=HOSTILE))]
+    return tar(folder / "captions.tar", files), expected
+
+
+def make_shard_pages(folder):
+    """Several pictures per sample, in the order of their numbers, and the caption in the json."""
+    files = {f"doc.{page}.png": png(page) for page in (0, 1, 10, 2)} | {"doc.json": b'{"caption": "Four pages."}'}
+    pictures = [PICTURE] * 4
+    return tar(folder / "pages.tar", files), [
+        ([0, 1, 2, 10], asked(*pictures, "Describe this picture.", answer="Four pages."))
+    ]
+
+
+MAKERS = [make for name, make in globals().items() if name.startswith("make_") and name not in ("make_model",)]
+each_schema = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__.removeprefix("make_"))
+
+
+def encoded(image) -> bytes:
+    return image.read_bytes() if isinstance(image, Path) else image
+
+
+def run(folder, *options):
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process trains once; here several runs share one
+    options = [*TINY, "--output_dir", str(folder), "--batch_size", "2", "--max_steps", "2", *options]
+    return train_accelerate.main(options)
+
+
+@each_schema
+def test_each_schema_gives_its_pictures_and_messages(make, tmp_path):
+    source, expected = make(tmp_path)
+    rows = load_rows([source])
+    samples = [rows.adapt(i) for i in range(len(rows))]
+    assert [sample["messages"] for sample in samples] == [messages for _, messages in expected]
+    pictures = [[encoded(image) for image in sample["images"]] for sample in samples]
+    assert pictures == [[png(seed) for seed in seeds] for seeds, _ in expected]
+
+
+@each_schema
+def test_labels_of_each_schema_are_the_assistants_words(make, tmp_path):
+    source, expected = make(tmp_path)
+    rows = load_rows([source])
+    for i, (seeds, messages) in enumerate(expected):
+        sample = ENCODER(rows.adapt(i))
+        said = "".join(m["content"][0]["text"] + "<|im_end|>" for m in messages if m["role"] == "assistant")
+        assert PROCESSOR.tokenizer.decode([t for t in sample["labels"] if t != IGNORE]) == said
+        image_tokens = int((sample["input_ids"] == PROCESSOR.image_token_id).sum())
+        assert image_tokens == len(seeds) * PROCESSOR.image_seq_length  # typed control tokens stay text
+        assert int((sample["input_ids"] == PROCESSOR.tokenizer.eos_token_id).sum()) == len(messages)
+
+
+@each_schema
+def test_each_schema_trains(make, tmp_path):
+    source, _ = make(tmp_path)
+    run(tmp_path / "run", "--data", source, "--batch_size", "1")
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(losses(tmp_path / "run")) == 2 and report["bad_rows"] == {}
+
+
+def test_schemas_are_mixed_in_one_run(tmp_path):
+    makers = (make_minimind_v, make_llava, make_imagefolder, make_webdataset)
+    sources = [make(tmp_path)[0] for make in makers]
+    rows, alone = load_rows(sources), [load_rows([source]) for source in sources]
+    together = [rows.adapt(i) for i in range(len(rows))]
+    assert together == [part.adapt(i) for part in alone for i in range(len(part))] == list(rows.samples())
+    reverse = rows.select(range(len(rows) - 1, -1, -1))
+    assert [reverse.adapt(i) for i in range(len(rows))] == together[::-1] == list(reverse.samples())
+    assert len(rows.sizes()) == len(rows) and reverse.sizes() == rows.sizes()[::-1] and min(rows.sizes()) > 0
+    run(tmp_path / "run", "--data", *sources, "--epochs", "1", "--share_pictures", "3", "--eval_data", *sources)
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert report["bad_rows"] == {} and report["metrics"]["overall"]["count"] == len(rows)
+
+
+def test_a_folder_holds_all_its_files_and_a_glob_those_it_matches(tmp_path):
+    made = [make(tmp_path) for make in (make_minimind_v, make_cauldron, make_captions)]
+    assert len(load_rows([str(tmp_path)])) == sum(len(expected) for _, expected in made)
+    assert len(load_rows([str(tmp_path / "*.parquet")])) == 6
+
+
+def test_columns_belong_to_all_files(tmp_path):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    lines = [{"conversations": turns, "task": task, "n": n} for n, task in enumerate("ab")]
+    sources = [
+        write(tmp_path / "a.parquet", [{**row(), "task": "a"}]),
+        json_lines(tmp_path / "b.jsonl", lines),
+    ]
+    rows = load_rows(sources)
+    assert rows.column_names == ["conversations", "task"] and rows["task"] == ["a", "a", "b"] and rows[2]["n"] == 1
+    kept = keep_rows(rows, {"task": ["b"]})
+    assert len(kept) == 1 and kept[0]["n"] == 1 and kept.where(0) == f"{sources[1]}, row 1"
+    with pytest.raises(KeyError, match="a.parquet has no column 'n'"):
+        rows["n"]
+    with pytest.raises(ValueError, match="keep: no column 'n'. The data has conversations, task."):
+        keep_rows(rows, {"n": [1]})
+    assert [item["task"] for item in prompts(rows, PROCESSOR)] == ["a", "a", "b"]
+
+
+def test_an_adapter_can_be_forced(tmp_path):
+    both = {"conversations": [], "messages": [{"role": "user", "content": "Hi"}, turn("assistant", "Hello")]}
+    source = json_lines(tmp_path / "a.jsonl", [both])
+    with pytest.raises(BadRow, match="not in the form of llava: IndexError"):
+        load_rows([source]).adapt(0)
+    assert load_rows([f"{source}::trl"]).adapt(0)["messages"] == asked("Hi", answer="Hello")
+    with pytest.raises(ValueError, match="::trll: no such adapter. Adapters are minimind_v, llava, cauldron, trl"):
+        load_rows([f"{source}::trll"])
+
+
+def test_the_network_is_used_only_for_what_says_so(tmp_path, monkeypatch):
+    made, calls = datasets.load_dataset("parquet", data_files=make_cauldron(tmp_path)[0], split="train"), []
+    monkeypatch.setattr(
+        sources_minivlm, "load_dataset", lambda *args, **options: calls.append((args, options)) or made
+    )
+    assert len(load_rows(["hub:a/b", "hub:a/b:vqa", "hub:a/b:vqa:test"])) == 9
+    assert [(*args, options["split"]) for args, options in calls] == [
+        ("a/b", None, "train"),
+        ("a/b", "vqa", "train"),
+        ("a/b", "vqa", "test"),
+    ]
+    with pytest.raises(ValueError, match="hub:b: a Hub data set is named hub:owner/name"):
+        load_rows(["hub:b"])
+    with pytest.raises(FileNotFoundError, match="a/b: no such file"):
+        load_rows(["a/b"])
+
+
+def shared_units(rows):
+    return sorted(unit for unit in rows_by_picture(rows, most=4) if len(unit) > 1)
+
+
+def test_rows_of_any_schema_share_their_pictures(tmp_path):
+    save_pictures(tmp_path, "0.png", "1.png")
+
+    def said(value, image=None):
+        turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "yes"}]
+        return {"conversations": turns} | ({"image": image} if image else {})
+
+    questions = [said("<image>\na", "0.png"), said("<image>\nb", "1.png"), said("c"), said("d")]
+    questions += [said("<image>\ne", "0.png"), said("f\n<image>", "0.png"), said("<image>\ng", "absent.png")]
+    questions += [said("<image>\nh", "absent.png")]
+    rows = load_rows([json_lines(tmp_path / "a.jsonl", questions)])
+    # Not the fifth, whose picture comes after its words, nor rows that have no picture or one that is missing.
+    assert shared_units(rows) == [(0, 4)]
+    unit = TrainingRows(rows, ENCODER)[0, (0, 4)]
+    assert len(unit["pixel_values"]) == 1 and unit["branch"].max() == 2
+    cauldron = load_rows([make_cauldron(tmp_path)[0]] * 2)
+    assert shared_units(cauldron) == [(0, 3), (1, 4)]
+
+
+# What cannot be read
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A folder of data, and pictures beside it that its rows must not read."""
+    root = tmp_path / "data"
+    save_pictures(root, "0.png")
+    save_pictures(tmp_path, "secret.png")
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    return root
+
+
+def llava_row(image, value="<image>\nWhat?"):
+    return {"image": image, "conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": "a dog"}]}
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("../secret.png", "picture outside its folder: '../secret.png' leads out of .*Copy it into that folder"),
+        ("{outside}/secret.png", "picture outside its folder"),
+        ("link.png", "picture outside its folder: 'link.png'"),
+        ("https://example.com/0.png", "picture on the network: https://example.com/0.png is not fetched. Download it"),
+        ("http://example.com/0.png", "picture on the network"),
+        ("file:///etc/passwd", "picture on the network"),
+        ("absent.png", "missing picture: 'absent.png' is neither in .* nor in its folder images"),
+        ("0.png\0", "missing picture"),
+        ("a" * 5000, "missing picture"),
+        ("data:image/png;base64,AA!", "unreadable picture: data URL"),
+        ("data:text/plain,hello", "picture in an unknown encoding: 'data:text/plain'"),
+        (7, "not a picture: int"),
+        ([None], "not a picture: NoneType"),
+        ({"path": "0.png"}, "not in the form of llava: KeyError: 'bytes'"),
+    ],
+)
+def test_a_picture_that_may_not_or_cannot_be_read_is_a_bad_row(outside, image, message):
+    image = image.replace("{outside}", str(outside.parent)) if isinstance(image, str) else image
+    rows = load_rows([json_lines(outside / "a.jsonl", [llava_row("0.png"), llava_row(image)])])
+    assert encoded(rows.adapt(0)["images"][0]) == png(0)
+    with pytest.raises(BadRow, match=message):
+        rows.adapt(1)
+
+
+def surrogate():
+    return llava_row(None, "half a pair: \ud800")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (b'{"conversations": [', "not JSON: Expecting value"),
+        (b"\xff\xfe\xfd", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'"text"', "not a JSON object: str"),
+        (b'{"a": 1}', "columns a fit no known schema: known are minimind_v .conversations . image_bytes."),
+        (b'{"conversations": [{"from": "human"}]}', "not in the form of llava: KeyError: 'value'"),
+        (b'{"conversations": [{"from": "bot", "value": "a"}]}', "unknown role: 'bot'. Roles are human, gpt, system"),
+        (b'{"conversations": null}', "not in the form of llava: TypeError"),
+        (b'{"conversations": "{"}', "not in the form of llava: JSONDecodeError"),
+        (json.dumps(surrogate()).encode(), "words that are not text: .*surrogates not allowed"),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "video"}]}]}',
+            "unknown content: a part of type 'video'",
+        ),
+        (b'{"messages": [{"role": "user", "content": null}]}', "not in the form of trl: TypeError"),
+        (b'{"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}', "tool calls are not supported"),
+        (b'{"texts": [{"user": "a"}]}', "not in the form of cauldron: KeyError: 'assistant'"),
+        (b'{"texts": [{"user": "a", "assistant": 3}]}', "not in the form of cauldron"),
+        (b'{"texts": [], "images": ["0.png"]}', "no user turn"),
+        (b'{"file_name": "", "text": "A dog."}', "a caption without a picture"),
+        (
+            b'{"conversations": [{"from": "gpt", "value": "<image>"}], "image": "0.png"}',
+            "refused by the chat template",
+        ),
+        (
+            b'{"texts": [{"user": "a", "assistant": ""}, {"user": "b", "assistant": null}]}',
+            "not in the form of cauldron",
+        ),
+    ],
+)
+def test_a_bad_row_is_counted_with_its_reason_and_place(tmp_path, bad, message):
+    save_pictures(tmp_path, "0.png")
+    good = json.dumps(llava_row("0.png")).encode()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(good + b"\n\n" + bad + b"\n" + good)
+    dataset = TrainingRows(load_rows([str(path)]), ENCODER)
+    assert len(dataset) == 3
+    sample = dataset[0, (1,)]
+    [(index, reason)] = sample["bad_rows"]
+    with pytest.raises(BadRow, match=message):
+        raise BadRow(reason)
+    assert index == 1 and reason.endswith(f"{path}, row 1")
+    assert torch.equal(sample["input_ids"], dataset[0, (2,)]["input_ids"])
+
+
+def test_bad_rows_of_a_mixed_run_are_reported(tmp_path):
+    bad = {"images": [{"bytes": b"broken", "path": None}], "texts": [{"user": "a", "assistant": "b"}]}
+    broken = write(tmp_path / "broken.parquet", [bad])
+    outside = json_lines(
+        tmp_path / "a" / "outside.jsonl", [llava_row("../../x.png")] * 2 + [llava_row(None, "Hi")] * 5
+    )
+    run(tmp_path / "run", "--data", broken, outside, "--max_steps", "4", "--max_bad_rows", "1")
+    assert set(json.loads((tmp_path / "run" / "run.json").read_text())["bad_rows"]) == {
+        "unreadable picture",
+        "picture outside its folder",
+    }
+    with pytest.raises(ValueError, match="broken.parquet, row 0|outside.jsonl, row 0"):
+        prompts(load_rows([outside]), PROCESSOR)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"not json\nat all\n", "a.jsonl: none of its 2 rows can be read, the first for: not JSON"),
+        ("a.json", b"[1, 2", "a.json: not a readable JSON file"),
+        ("a.jsonl", b'{"a": 1}', "a.jsonl: columns a fit no known schema: known are minimind_v"),
+        ("a.jsonl", b"\n", "no rows. Training needs at least one"),
+        ("a.tar", b"not a tar", "a.tar: not a readable webdataset shard"),
+        ("a.txt", b"x", "a.txt: rows are read from .parquet, .jsonl, .json, .tar files, not from this"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows([str(tmp_path / name)])
+
+
+def test_a_folder_without_rows_is_refused(tmp_path):
+    save_pictures(tmp_path, "0.png")
+    with pytest.raises(FileNotFoundError, match="no such file, folder or glob with rows"):
+        load_rows([str(tmp_path)])
+
+
+def test_the_help_names_every_adapter(capsys):
+    with pytest.raises(SystemExit):
+        train_accelerate.parse_args(["--help"])
+    words = capsys.readouterr().out.split()
+    assert all(any(adapter.__name__ in word for word in words) for adapter in ADAPTERS)
