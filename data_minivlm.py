@@ -116,6 +116,13 @@ class Encoder:
                 i += 1
         return [ids[i] for i in kept], [mask[i] for i in kept]
 
+    def blank(self) -> dict:
+        """A row for the collators: one black picture, and no word that carries loss."""
+        ids = torch.full((self.processor.image_seq_length,), self.processor.image_token_id)
+        pixels = self.processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
+        row = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "pixel_values": pixels}
+        return {**share_prefix([row], self.processor.image_token_id), "bad_rows": []}
+
     def __call__(self, row: dict, rng: random.Random | None = None, pictures: bool = True) -> dict[str, torch.Tensor]:
         """Encode one row; `rng` switches augmentation on, `pictures=False` leaves the pictures undecoded.
 
@@ -316,6 +323,17 @@ def _finish(batch: dict, labels: torch.Tensor, samples: list[dict]) -> dict:
     return batch
 
 
+def with_picture(samples: list[dict], blank: dict | None) -> list[dict]:
+    """Add the blank row to a batch without pictures.
+
+    Its gradient is zero, but there is one: without, a rank whose rows are all text would leave the tower out of the
+    backward pass, and DDP would wait for it or fail.
+    """
+    if blank is None or any(len(sample["pixel_values"]) for sample in samples):
+        return samples
+    return [*samples, blank]
+
+
 def own_labels(sample: dict) -> torch.Tensor:
     """Labels without the first token of each branch or row: the token before it belongs to another one."""
     branch = sample["branch"]
@@ -328,16 +346,21 @@ class PaddingCollator:
 
     Causal attention never looks at the padding, so rows alone need no attention mask. Rows that share a picture get
     one that hides the branches from one another.
+
+    Args:
+        blank: `Encoder.blank()`, added to a batch without pictures; None adds nothing.
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, blank: dict | None = None):
+        self.pad_token_id, self.blank = pad_token_id, blank
 
     def __call__(self, samples: list[dict]) -> dict:
         """Return `input_ids`, `position_ids`, `logits_to_keep` (B, T), `shift_labels` (1, K), `pixel_values`.
 
         With branches also `attention_mask` (B, 1, T, T), to be added to attention scores: 0 or the lowest float.
         """
+
+        samples = with_picture(samples, self.blank)
 
         def pad(key: str, value: int) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=value)
@@ -358,12 +381,19 @@ class PackingCollator:
     """Rows one after another in a single row without padding; `position_ids` restart at 0 for each.
 
     transformers keeps packed rows apart by these restarts, but only without an attention mask and without a cache.
+
+    Args:
+        blank: `Encoder.blank()`, added to a batch without pictures; None adds nothing.
     """
+
+    def __init__(self, blank: dict | None = None):
+        self.blank = blank
 
     def __call__(self, samples: list[dict]) -> dict:
         """Return `input_ids`, `position_ids`, `logits_to_keep` (1, T), `shift_labels` (1, K) and `pixel_values`."""
         if any(sample["branch"].max() > 1 for sample in samples):
             raise ValueError("Rows that share a picture cannot be packed: position_ids cannot say what they may see.")
+        samples = with_picture(samples, self.blank)
         batch = {key: torch.cat([s[key] for s in samples])[None] for key in ("input_ids", "position_ids")}
         return _finish(batch, torch.cat([own_labels(s) for s in samples])[None], samples)
 

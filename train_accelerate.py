@@ -43,7 +43,7 @@ from data_minivlm import (
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from processing_minivlm import MiniVLMProcessor
 from scripts.evaluate import evaluate, load_trained, print_table, register_config
-from sources_minivlm import ADAPTERS, keep_rows, load_rows
+from sources_minivlm import ADAPTERS, Rows, keep_rows, load_rows
 
 PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "text": ""}  # text: the rest
 
@@ -230,6 +230,13 @@ def check_gradients(model: torch.nn.Module) -> None:
             f"After the first backward pass {len(missing)} parameters that should learn have no gradient "
             f"({', '.join(missing[:5])}) and {len(extra)} frozen ones have one ({', '.join(extra[:5])})."
         )
+
+
+def check_pictures(rows: Rows, train: list[str]) -> None:
+    """Stop if the parts that see should learn from rows without a single picture: weight decay alone would act."""
+    seeing = [part for part in train if part != "text"]
+    if seeing and not any(isinstance(sample, dict) and sample["images"] for sample in rows.samples()):
+        raise ValueError(f"No row has a readable picture for {' and '.join(seeing)} to learn from. Use --train text.")
 
 
 def build_optimizers(model: torch.nn.Module, args: TrainArgs) -> list[torch.optim.Optimizer]:
@@ -470,6 +477,7 @@ def main(argv: list[str] | None = None) -> Path:
     rows = load_rows(args.data)  # before the model: a wrong path should not cost a download
     rows = keep_rows(rows, args.keep or {})
     rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
+    check_pictures(rows, args.train)
     eval_rows = load_rows(args.eval_data) if args.eval_data else None
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -508,8 +516,11 @@ def main(argv: list[str] | None = None) -> Path:
         max_steps = args.max_steps or sys.maxsize
     else:
         max_steps = args.max_steps or max(1, round(args.epochs * sampler.steps_per_epoch))
-    dataset = TrainingRows(rows, Encoder(processor, args.max_length), seed=args.seed, augment=args.augment)
-    collate = PackingCollator() if args.packing else PaddingCollator(processor.tokenizer.pad_token_id)
+    encoder = Encoder(processor, args.max_length)
+    dataset = TrainingRows(rows, encoder, seed=args.seed, augment=args.augment)
+    blank = encoder.blank() if {"vision", "projector"} & set(args.train) else None
+    pad_token_id = processor.tokenizer.pad_token_id
+    collate = PackingCollator(blank) if args.packing else PaddingCollator(pad_token_id, blank)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers)
     if accelerator.is_main_process:
         describe(accelerator, accelerator.unwrap_model(model), trainable, args, len(rows), max_steps)

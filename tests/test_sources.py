@@ -12,10 +12,11 @@ import torch
 from accelerate.state import AcceleratorState
 from test_data import ENCODER, PROCESSOR, png, row, write
 from test_training import TINY, losses
+from tiny import make_model
 
 import sources_minivlm
 import train_accelerate
-from data_minivlm import IGNORE, TrainingRows, rows_by_picture
+from data_minivlm import IGNORE, PackingCollator, PaddingCollator, TrainingRows, rows_by_picture
 from scripts.evaluate import prompts
 from sources_minivlm import ADAPTERS, BadRow, keep_rows, load_rows
 
@@ -171,17 +172,18 @@ def make_questions(folder):
 
 
 def make_webdataset(folder):
-    """The json names a picture that is not there: the one beside it in the shard counts."""
-    said = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]}
-    two = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}
-    files = {"a.json": json.dumps(said | {"image": "elsewhere.jpg"}).encode(), "a.png": png(0)}
-    files |= {"b.json": json.dumps(two | {"image": None}).encode()}
-    expected = [([0], asked(PICTURE, "What?", answer="a dog")), ([], asked("Hello", answer="Hi"))]
-    # The library wants the same files in each of the first five samples, so one without a picture stands sixth.
-    files = {f"{i}{name[1:]}": files[f"a{name[1:]}"] for i in range(5) for name in ("a.json", "a.png")} | {
-        "b.json": files["b.json"]
-    }
-    return tar(folder / "shard.tar", files), [expected[0]] * 5 + expected[1:]
+    """Some jsons name a picture that is not there: the one beside it in the shard counts."""
+
+    def said(*values, **more):
+        turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+        return json.dumps({"conversations": turns, **more}).encode()
+
+    files = {}
+    for i in range(5):  # the library wants the same files in the first five samples, so one without a picture is last
+        files |= {f"{i}.json": said("<image>\nWhat?", f"dog {i}", image="elsewhere.jpg"), f"{i}.png": png(i)}
+    files["5.json"] = said("Hello", "Hi")
+    expected = [([i], asked(PICTURE, "What?", answer=f"dog {i}")) for i in range(5)]
+    return tar(folder / "shard.tar", files), [*expected, ([], asked("Hello", answer="Hi"))]
 
 
 def make_captions(folder):
@@ -200,7 +202,7 @@ def make_shard_pages(folder):
     ]
 
 
-MAKERS = [make for name, make in globals().items() if name.startswith("make_") and name not in ("make_model",)]
+MAKERS = [make for name, make in globals().items() if name.startswith("make_") and make is not make_model]
 each_schema = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__.removeprefix("make_"))
 
 
@@ -243,6 +245,33 @@ def test_each_schema_trains(make, tmp_path):
     run(tmp_path / "run", "--data", source, "--batch_size", "1")
     report = json.loads((tmp_path / "run" / "run.json").read_text())
     assert len(losses(tmp_path / "run")) == 2 and report["bad_rows"] == {}
+
+
+def test_a_batch_of_text_alone_gives_every_part_a_gradient_of_zero(tmp_path):
+    """Or ranks with and without pictures would not agree on what to reduce. The loss is that of the row alone."""
+    model = make_model(text={"vocab_size": 6400})
+    rows = load_rows([make_trl(tmp_path)[0]])
+    sample = TrainingRows(rows, ENCODER)[0, (1,)]
+    values = []
+    for collate in (PaddingCollator(0), PaddingCollator(0, ENCODER.blank()), PackingCollator(ENCODER.blank())):
+        batch = collate([sample])
+        batch.pop("bad_rows")
+        loss = model(**batch, labels=batch["shift_labels"], use_cache=False).loss
+        values.append(loss.item())
+    assert values == pytest.approx([values[0]] * 3, abs=1e-6)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if "vision" in name or "projector" in name}
+    assert gradients and all(g is not None and not g.any() for g in gradients.values())
+
+
+def test_eyes_do_not_learn_from_text(tmp_path):
+    path = json_lines(tmp_path / "a.jsonl", [llava_row(None, "Hi")] * 4)
+    with pytest.raises(
+        ValueError, match="No row has a readable picture for vision and projector to learn from. Use --train text"
+    ):
+        run(tmp_path / "run", "--data", path)
+    run(tmp_path / "run", "--data", path, "--train", "text")
+    assert len(losses(tmp_path / "run")) == 2
 
 
 def test_schemas_are_mixed_in_one_run(tmp_path):
@@ -430,8 +459,9 @@ def test_a_bad_row_is_counted_with_its_reason_and_place(tmp_path, bad, message):
 
 
 def test_bad_rows_of_a_mixed_run_are_reported(tmp_path):
-    bad = {"images": [{"bytes": b"broken", "path": None}], "texts": [{"user": "a", "assistant": "b"}]}
-    broken = write(tmp_path / "broken.parquet", [bad])
+    texts = [{"user": "a", "assistant": "b"}]
+    table = [{"images": [{"bytes": data, "path": None}], "texts": texts} for data in (b"broken", png())]
+    broken = write(tmp_path / "broken.parquet", table)
     outside = json_lines(
         tmp_path / "a" / "outside.jsonl", [llava_row("../../x.png")] * 2 + [llava_row(None, "Hi")] * 5
     )
