@@ -30,6 +30,8 @@ CAPTION_COLUMNS = (("text",), ("caption",), ("question", "answer"))
 WORD_COLUMNS = ("json", "txt", "conversations", "texts", "messages", "text", "caption", "question", "answer")
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant", "tool")}
+# What Python, json and Pillow raise when a row is not what its columns promise.
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError, OSError, Image.DecompressionBombError)
 
 
 class BadRow(ValueError):
@@ -62,7 +64,8 @@ def llava(row: dict) -> dict:
     conversation, images = turns(row["conversations"]), pictures(row)
     who, what = ("role", "content") if "role" in conversation[0] else ("from", "value")
     if who == "role":
-        images = [name for image in images for name in (image.split(", ") if isinstance(image, str) else [image])]
+        images = [name for image in images for name in (image.split(",") if isinstance(image, str) else [image])]
+        images = [image.strip() if isinstance(image, str) else image for image in images]
     return {"images": images, "messages": [message(turn[who], split_markers(turn[what])) for turn in conversation]}
 
 
@@ -313,7 +316,9 @@ class Part:
         try:
             sample = adapter(row)
             return {**sample, "images": [locate(image, self.root) for image in sample["images"]]}
-        except (KeyError, IndexError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
+        except BadRow:
+            raise
+        except MALFORMED as error:
             raise BadRow(f"not in the form of {adapter.__name__}: {type(error).__name__}: {error}") from error
 
     def column(self, name: str) -> list:
@@ -321,13 +326,20 @@ class Part:
             raise KeyError(f"{self.name} has no column {name!r}. It has {', '.join(self.columns)}.")
         if self.unpack is None:
             return self.table.data.column(name).to_pylist()
-        return [self[index].get(name) for index in range(len(self.table))]
+        try:
+            return [self[index := i].get(name) for i in range(len(self.table))]
+        except BadRow as error:
+            raise ValueError(f"{self.name}, row {index}: {error}. A column needs every row, so mend it.") from error
 
     def sizes(self) -> list[int]:
         """Bytes of text per row."""
         names = [name for name in WORD_COLUMNS if name in self.table.column_names]
         columns = [self.table.data.column(name).to_pylist() for name in names]
-        return [sum(len(v if isinstance(v, bytes) else str(v).encode()) for v in values) for values in zip(*columns)]
+        sizes = [0] * len(self.table)
+        for column in columns:
+            for i, value in enumerate(column):
+                sizes[i] += len(value if isinstance(value, bytes) else str(value).encode())
+        return sizes
 
 
 class Rows(Sequence):

@@ -43,7 +43,7 @@ from data_minivlm import (
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from processing_minivlm import MiniVLMProcessor
 from scripts.evaluate import evaluate, load_trained, print_table, register_config
-from sources_minivlm import ADAPTERS, Rows, keep_rows, load_rows
+from sources_minivlm import ADAPTERS, BadRow, Rows, keep_rows, load_rows
 
 PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "text": ""}  # text: the rest
 
@@ -235,8 +235,17 @@ def check_gradients(model: torch.nn.Module) -> None:
 def check_pictures(rows: Rows, train: list[str]) -> None:
     """Stop if the parts that see should learn from rows without a single picture: weight decay alone would act."""
     seeing = [part for part in train if part != "text"]
-    if seeing and not any(isinstance(sample, dict) and sample["images"] for sample in rows.samples()):
-        raise ValueError(f"No row has a readable picture for {' and '.join(seeing)} to learn from. Use --train text.")
+    bad = Counter()
+    for sample in rows.samples() if seeing else []:
+        if isinstance(sample, BadRow):
+            bad[str(sample).split(":")[0]] += 1
+            example = sample
+        elif sample["images"]:
+            return
+    if bad:
+        raise ValueError(f"No row has a picture that can be had:\n{describe_bad_rows(bad)}\nThe last: {example}.")
+    if seeing:
+        raise ValueError(f"No row has a picture for {' and '.join(seeing)} to learn from. Use --train text.")
 
 
 def build_optimizers(model: torch.nn.Module, args: TrainArgs) -> list[torch.optim.Optimizer]:

@@ -94,12 +94,14 @@ def make_minimind2_v(folder):
         {"conversations": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "image": image}
         for q, a, image in [
             ("这是什么？\n<image>", "一只猫", "0.png"),
+            ("<image>\n<image>\nSame?", "no", "0.png,1.png"),
             ("<image>\n<image>\nSame?", "no", "0.png, 1.png"),
             ("Hi", "Hey", ""),
         ]
     ]
     expected = [
         ([0], asked("这是什么？\n", PICTURE, answer="一只猫")),
+        ([0, 1], asked(PICTURE, PICTURE, "Same?", answer="no")),
         ([0, 1], asked(PICTURE, PICTURE, "Same?", answer="no")),
         ([], asked("Hi", answer="Hey")),
     ]
@@ -267,9 +269,14 @@ def test_a_batch_of_text_alone_gives_every_part_a_gradient_of_zero(tmp_path):
 def test_eyes_do_not_learn_from_text(tmp_path):
     path = json_lines(tmp_path / "a.jsonl", [llava_row(None, "Hi")] * 4)
     with pytest.raises(
-        ValueError, match="No row has a readable picture for vision and projector to learn from. Use --train text"
+        ValueError, match="No row has a picture for vision and projector to learn from. Use --train text"
     ):
         run(tmp_path / "run", "--data", path)
+    absent = json_lines(tmp_path / "b.jsonl", [llava_row("absent.png")] * 4)
+    with pytest.raises(
+        ValueError, match="No row has a picture that can be had:\n  4 x missing picture\nThe last: miss"
+    ):
+        run(tmp_path / "run", "--data", path, absent)
     run(tmp_path / "run", "--data", path, "--train", "text")
     assert len(losses(tmp_path / "run")) == 2
 
@@ -310,6 +317,9 @@ def test_columns_belong_to_all_files(tmp_path):
     with pytest.raises(ValueError, match="keep: no column 'n'. The data has conversations, task."):
         keep_rows(rows, {"n": [1]})
     assert [item["task"] for item in prompts(rows, PROCESSOR)] == ["a", "a", "b"]
+    Path(sources[1]).write_text(json.dumps(lines[0]) + '\n{"conversa')
+    with pytest.raises(ValueError, match="b.jsonl, row 1: not JSON: .* A column needs every row, so mend it"):
+        load_rows(sources)["task"]
 
 
 def test_an_adapter_can_be_forced(tmp_path):
@@ -422,6 +432,7 @@ def surrogate():
         (b'{"conversations": [{"from": "bot", "value": "a"}]}', "unknown role: 'bot'. Roles are human, gpt, system"),
         (b'{"conversations": null}', "not in the form of llava: TypeError"),
         (b'{"conversations": "{"}', "not in the form of llava: JSONDecodeError"),
+        (b'{"conversations": "%s"}' % (b"[" * 100_000), "not in the form of llava: RecursionError"),
         (json.dumps(surrogate()).encode(), "words that are not text: .*surrogates not allowed"),
         (
             b'{"messages": [{"role": "user", "content": [{"type": "video"}]}]}',
