@@ -326,10 +326,13 @@ class Part:
             raise KeyError(f"{self.name} has no column {name!r}. It has {', '.join(self.columns)}.")
         if self.unpack is None:
             return self.table.data.column(name).to_pylist()
-        try:
-            return [self[index := i].get(name) for i in range(len(self.table))]
-        except BadRow as error:
-            raise ValueError(f"{self.name}, row {index}: {error}. A column needs every row, so mend it.") from error
+        values = []
+        for index in range(len(self.table)):
+            try:
+                values.append(self[index].get(name))
+            except BadRow as error:
+                raise ValueError(f"{self.name}, row {index}: {error}. A column needs every row: mend it.") from error
+        return values
 
     def sizes(self) -> list[int]:
         """Bytes of text per row."""

@@ -318,7 +318,7 @@ def test_columns_belong_to_all_files(tmp_path):
         keep_rows(rows, {"n": [1]})
     assert [item["task"] for item in prompts(rows, PROCESSOR)] == ["a", "a", "b"]
     Path(sources[1]).write_text(json.dumps(lines[0]) + '\n{"conversa')
-    with pytest.raises(ValueError, match="b.jsonl, row 1: not JSON: .* A column needs every row, so mend it"):
+    with pytest.raises(ValueError, match="b.jsonl, row 1: not JSON: .* A column needs every row: mend it"):
         load_rows(sources)["task"]
 
 
