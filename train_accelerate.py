@@ -276,13 +276,16 @@ def build_optimizers(model: torch.nn.Module, args: TrainArgs) -> list[torch.opti
 def compile_blocks(model: torch.nn.Module, device: torch.device) -> None:
     """Compile each block by itself: equal blocks share the compiled code, so start-up stays short.
 
-    On a machine that cannot compile (no C++ compiler, no Python headers) say so and train without.
+    On a machine that cannot compile (no C++ compiler, no Python headers, a path with spaces) say so and train without.
     """
     try:
         torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
     except Exception as error:  # inductor raises several classes for a missing compiler or header
-        reason = str(error).strip().splitlines()[0]
-        print(f"Not compiled, training will be about half as fast: {reason}. On Debian: apt install g++ python3-dev")
+        reason = " ".join(str(error).split("\n", 2)[:2])
+        remedy = "On Debian: apt install g++ python3-dev"
+        if " " in torch.__file__:  # inductor does not quote the path of PyTorch's headers
+            remedy = f"PyTorch lies in a path with spaces, {torch.__file__}: use another one"
+        print(f"Not compiled, training will be slower: {reason}. {remedy}.")
         return
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList):

@@ -82,7 +82,8 @@ def show(model_path: Path, output_dir: Path) -> None:
     print(
         f"""
 Right and wrong answers as pictures: {sheet}
-A blind guess gets 25 % of the choices and 50 % of the yes/no questions right.
+A blind guess gets 25 % of the options and 50 % of the yes/no questions right. In the first table the model must write
+the answer itself; in the second it says which of the four options it finds the likeliest.
 
 Load the model that you just trained:
 

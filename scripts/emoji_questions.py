@@ -250,14 +250,17 @@ def ask(rng, task: str, language: str, canonical: bool, concept: Concept = None,
     return phrase.format(**values)
 
 
-def options(rng, answer: Concept, pool: list[Concept], language: str) -> str:
+def options(rng, answer: Concept, pool: list[Concept], language: str) -> list[str]:
     """The answer and three others that fit neither the picture nor one another, in random order."""
     names = [answer]
     while len(names) < 4:
         names.append(draw_other(rng, pool, names, near=len(names) == 1 and rng.random() < 0.5))
     rng.shuffle(names)
-    names = [c.name(language) for c in names]
-    return "、".join(names) if language == "zh" else f"{', '.join(names[:3])} or {names[3]}"
+    return [c.name(language) for c in names]
+
+
+def listed(names: list[str], language: str) -> str:
+    return "、".join(names) if language == "zh" else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def color_name(color: str, language: str) -> str:
@@ -265,7 +268,7 @@ def color_name(color: str, language: str) -> str:
 
 
 def single_rows(rng, index: int, concept: Concept, main, background: str, pool: list, wanted: list) -> list:
-    """Rows (task, language, question, answer) on a picture of one thing.
+    """Rows (task, language, question, answer, options or None) on a picture of one thing.
 
     Args:
         index: number of the picture in a random order; its parity balances yes and no.
@@ -276,7 +279,7 @@ def single_rows(rng, index: int, concept: Concept, main, background: str, pool: 
     rows, turn = [], index
     for task, language, canonical in wanted:
         which = LANGUAGES.index(language)
-        shown, values = None, {}
+        shown, values, names = None, {}, None
         if task == "caption":
             answer = single_caption(concept, background, language)
         elif task == "name":
@@ -284,7 +287,8 @@ def single_rows(rng, index: int, concept: Concept, main, background: str, pool: 
         elif task == "category":
             answer = CATEGORIES[concept.group][which]
         elif task == "choice":
-            answer, values = concept.name(language), {"options": options(rng, concept, pool, language)}
+            answer, names = concept.name(language), options(rng, concept, pool, language)
+            values = {"options": listed(names, language)}
         elif task == "yes_no":
             yes, turn = turn % 2, turn + 1
             shown = concept if yes else draw_other(rng, pool, [concept], near=rng.random() < 0.5)
@@ -293,7 +297,7 @@ def single_rows(rng, index: int, concept: Concept, main, background: str, pool: 
             if main is None:
                 continue
             answer = color_name(main, language)
-        rows.append((task, language, ask(rng, task, language, canonical, shown, **values), answer))
+        rows.append((task, language, ask(rng, task, language, canonical, shown, **values), answer, names))
     return rows
 
 
@@ -321,7 +325,7 @@ def scene_caption(things: list, background: str, language: str) -> str:
 
 
 def scene_rows(rng, index: int, things: list, background: str, pool: list, canonical: bool, repeats: int) -> list:
-    """Rows (task, language, question, answer) on a scene.
+    """Rows (task, language, question, answer, None) on a scene.
 
     Args:
         things: (concept, position) pairs in reading order; `position` is a key of `POSITIONS`.
@@ -337,7 +341,7 @@ def scene_rows(rng, index: int, things: list, background: str, pool: list, canon
         language = LANGUAGES[(index // 2 + turn) % 2]
 
         def add(task, answer, shown=None):
-            rows.append((task, language, ask(rng, task, language, canonical, shown), answer))
+            rows.append((task, language, ask(rng, task, language, canonical, shown), answer, None))
 
         add("count", str(len(things)))
         kind = rng.choice(kinds if rng.random() < 0.4 else [c for c in kinds if concepts.count(c) > 1] or kinds)

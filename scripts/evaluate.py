@@ -2,8 +2,10 @@
 
     python -m scripts.evaluate MODEL --data data/test.parquet
 
-An answer matches if it equals the reference after trimming, case folding and dropping a closing full stop. Every share
-comes with its count and a 95 % confidence interval (Wilson 1927), per task and language.
+An answer matches if it equals the reference after trimming, case folding and dropping a closing full stop. Where the
+data has a column `options`, they are also ranked: right if the reference is the one of them that the model finds the
+likeliest answer, which is how benchmarks of several choices are usually scored, and what a blind guess of one in four
+compares with. Every share comes with its count and a 95 % confidence interval (Wilson 1927), per task and language.
 """
 
 import argparse
@@ -67,16 +69,29 @@ def prompts(rows: Rows, processor: ProcessorMixin) -> list[dict]:
         *question, answer = sample["messages"]
         if answer["role"] != "assistant":
             raise ValueError(f"Row {index} does not end with an assistant turn, so there is nothing to compare with.")
+        words, options = "".join(part["text"] for part in answer["content"]), row.get("options")
+        if options and words not in options:
+            raise ValueError(f"{rows.where(index)}: the answer {words!r} is none of its options {options}. Add it.")
         prepared.append(
             {
                 "text": processor.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True),
                 "images": sample["images"],
-                "answer": "".join(part["text"] for part in answer["content"]),
+                "answer": words,
                 "task": row.get("task", "all"),
                 "language": row.get("language", "all"),
+                "options": options,
             }
         )
     return prepared
+
+
+def encode(processor: ProcessorMixin, items: list[dict], texts: list[str], side: str, device) -> dict:
+    """Model inputs of `texts` about the pictures of `items`, padded on `side`."""
+    images = [decode_image(image) for item in items for image in item["images"]]
+    return processor(
+        text=texts, images=images or None, return_tensors="pt", padding=True, padding_side=side,
+        add_special_tokens=False,
+    ).to(device)  # fmt: skip
 
 
 @torch.inference_mode()
@@ -84,56 +99,84 @@ def answer(
     model: PreTrainedModel, processor: ProcessorMixin, items: list[dict], max_new_tokens: int = 64
 ) -> list[str]:
     """Greedy answers for a batch of `prompts`."""
-    images = [decode_image(image) for item in items for image in item["images"]]
-    inputs = processor(
-        text=[item["text"] for item in items],
-        images=images or None,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-    ).to(model.device)
+    inputs = encode(processor, items, [item["text"] for item in items], "left", model.device)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@torch.inference_mode()
+def option_scores(model: PreTrainedModel, processor: ProcessorMixin, items: list[dict]) -> list[list[float]]:
+    """Log-probability of each of an item's `options` as the whole answer: the sum over its tokens and the end."""
+    pairs = [(item, option + processor.tokenizer.eos_token) for item in items for option in item["options"]]
+    texts = [item["text"] + option for item, option in pairs]
+    inputs = encode(processor, [item for item, _ in pairs], texts, "right", model.device)
+    ids, ends = inputs["input_ids"], inputs["attention_mask"].sum(1)
+    lengths = ends.new_tensor([len(processor.tokenizer(option)["input_ids"]) for _, option in pairs])
+    place = torch.arange(ids.shape[1], device=ids.device)
+    spoken = (place >= (ends - lengths)[:, None]) & (place < ends[:, None])  # (B, T): the option's own tokens
+    asked = torch.nn.functional.pad(spoken[:, 1:], (0, 1))  # the positions that predict them
+    logits = model(**inputs, logits_to_keep=asked).logits[0].float()  # (K, V)
+    scores = logits.log_softmax(-1).gather(1, ids[spoken][:, None])[:, 0]
+    sums = iter(part.sum().item() for part in scores.split(lengths.tolist()))
+    return [[next(sums) for _ in item["options"]] for item in items]
+
+
+def rank(model: PreTrainedModel, processor: ProcessorMixin, items: list[dict]) -> list[str]:
+    """The likeliest of each item's `options`."""
+    scores = option_scores(model, processor, items)
+    return [max(zip(values, item["options"]))[1] for values, item in zip(scores, items)]
+
+
 def evaluate(model, processor, rows: Rows, limit: int | None = None, batch_size: int = 64) -> dict:
-    """Exact match of the first `limit` rows.
+    """Exact match of the first `limit` rows, and how often the likeliest of a row's options is the right one.
 
     Returns:
-        `{"overall": cell, "tasks": {task: {language: cell}}, "answers": [...]}` with cells of `match` (share), `hits`,
-        `count`, `low` and `high`; `overall` leaves captions out. `answers` holds each row's index and texts.
+        `{"overall": cell, "tasks": {task: {language: cell}}, "ranked": likewise, "answers": [...]}`; a cell holds
+        `match` (share), `hits`, `count`, `low` and `high`. `overall` is of exact matches and leaves captions out.
+        `answers` holds each row's index and texts.
     """
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     was_training = model.training
     model.eval()
     items = prompts(rows, processor)
-    order = sorted(range(len(items)), key=lambda i: (items[i]["task"] in GENERATIVE, len(items[i]["text"])))
-    outputs: list[str] = [""] * len(items)
-    for start in tqdm(range(0, len(order), batch_size), desc="answering", unit="batch"):
-        batch = order[start : start + batch_size]
-        try:
-            texts = answer(model, processor, [items[i] for i in batch])
-        except BadRow as error:
-            raise ValueError(
-                f"Rows {batch} hold a bad one: {error}. Evaluation counts every row, so mend it."
-            ) from error
-        for i, text in zip(batch, texts):
-            outputs[i] = text
+    by_length = sorted(range(len(items)), key=lambda i: (items[i]["task"] in GENERATIVE, len(items[i]["text"])))
+
+    def batched(method, chosen: list[int], size: int, doing: str) -> dict[int, str]:
+        results = {}
+        for start in tqdm(range(0, len(chosen), size), desc=doing, unit="batch", disable=not chosen):
+            batch = chosen[start : start + size]
+            try:
+                results |= zip(batch, method(model, processor, [items[i] for i in batch]))
+            except BadRow as error:
+                raise ValueError(
+                    f"Rows {batch} hold a bad one: {error}. Evaluation counts every row, so mend it."
+                ) from error
+        return results
+
+    outputs = batched(answer, by_length, batch_size, "answering")
+    ranked = batched(rank, [i for i in by_length if items[i]["options"]], max(1, batch_size // 4), "ranking options")
     model.train(was_training)
-    hits = defaultdict(list)
-    for item, output in zip(items, outputs):
-        match = normalise(output) == normalise(item["answer"])
-        hits[item["task"], item["language"]].append(match)
-        if item["task"] not in GENERATIVE:
-            hits["overall"].append(match)
-    tasks = defaultdict(dict)
-    for task, language in sorted(key for key in hits if key != "overall"):
-        tasks[task][language] = cell(hits[task, language])
-    answers = [
-        {"row": i, "answer": item["answer"], "output": out} for i, (item, out) in enumerate(zip(items, outputs))
-    ]
-    return {"overall": cell(hits["overall"]), "tasks": dict(tasks), "answers": answers}
+    answers = []
+    for i, item in enumerate(items):
+        answers.append({"row": i, "answer": item["answer"], "output": outputs[i]})
+        if i in ranked:
+            answers[i]["ranked"] = ranked[i]
+    compared = [normalise(outputs[i]) == normalise(item["answer"]) for i, item in enumerate(items)]
+    overall = [match for match, item in zip(compared, items) if item["task"] not in GENERATIVE]
+    return {
+        "overall": cell(overall),
+        "tasks": by_task(items, dict(enumerate(compared))),
+        "ranked": by_task(items, {i: option == items[i]["answer"] for i, option in ranked.items()}),
+        "answers": answers,
+    }
+
+
+def by_task(items: list[dict], right: dict[int, bool]) -> dict[str, dict[str, dict]]:
+    """`{task: {language: cell}}` of the items that `right` judges."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for i, match in sorted(right.items(), key=lambda entry: (items[entry[0]]["task"], items[entry[0]]["language"])):
+        groups[items[i]["task"]][items[i]["language"]].append(match)
+    return {task: {language: cell(r) for language, r in languages.items()} for task, languages in groups.items()}
 
 
 def cell(matches: list[bool]) -> dict:
@@ -154,6 +197,11 @@ def print_table(metrics: dict) -> None:
         for language, c in languages.items():
             print_cell(task, language, c)
     print_cell("overall", "", metrics["overall"])
+    if metrics["ranked"]:
+        print(f"\n{'task':<12}{'language':<10}{'likeliest':>12}{'95 % interval':>18}{'rows':>8}")
+    for task, languages in metrics["ranked"].items():
+        for language, c in languages.items():
+            print_cell(task, language, c)
 
 
 def print_cell(task: str, language: str, c: dict) -> None:

@@ -70,7 +70,8 @@ REQUIRED = ("noto", "fluent-flat", "twemoji")  # a concept missing in one of the
 # noto-v1 draws these without their frame: a plain square, circle or triangle, which are other concepts.
 MISDRAWN = {"stop-button", "record-button", "upwards-button", "downwards-button"}
 HELD_OUT_SHARE = 0.15  # of the concepts stand in no training scene
-COLUMNS = ("conversations", "image_bytes", "task", "language", "style", "concept")
+COLUMNS = ("conversations", "image_bytes", "task", "language", "style", "concept", "options")
+TYPES = {"image_bytes": pa.binary(), "options": pa.list_(pa.string())}  # the rest are strings
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -227,9 +228,9 @@ def load_sprites(concepts: list[Concept], drawings: dict) -> dict[str, dict[Conc
     return sprites
 
 
-def make_row(task: str, question: str, answer: str, picture: bytes, language: str, style: str, concept: str) -> dict:
+def make_row(picture: bytes, style: str, concept: str, task, language, question, answer, options) -> dict:
     turns = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
-    values = (json.dumps(turns, ensure_ascii=False), picture, task, language, style, concept)
+    values = (json.dumps(turns, ensure_ascii=False), picture, task, language, style, concept, options)
     return dict(zip(COLUMNS, values))
 
 
@@ -258,8 +259,7 @@ def build_singles(split: str, styles: tuple, sprites: dict, args) -> list[dict]:
         ground, shade, _ = choose_ground(rng, [hidden])
         picture = encode(draw_single(rng, sprite, shade), args.quality)
         asked = single_rows(rng, index, concept, main, ground, pools[style], wanted_singles(rng, index, split))
-        for task, language, question, answer in asked:
-            rows.append(make_row(task, question, answer, picture, language, style, concept.slug))
+        rows += [make_row(picture, style, concept.slug, *row) for row in asked]
     return rows
 
 
@@ -308,8 +308,7 @@ def build_scenes(split: str, styles: tuple, sprites: dict, pool: list[Concept], 
         drawn = draw_scene(rng, shown, [position for _, position in things], shade)
         picture, slugs = encode(drawn, args.quality), ",".join(concept.slug for concept, _ in things)
         asked = scene_rows(rng, index, things, ground, found, canonical=not train, repeats=2 if train else 1)
-        for task, language, question, answer in asked:
-            rows.append(make_row(task, question, answer, picture, language, style, slugs))
+        rows += [make_row(picture, style, slugs, *row) for row in asked]
     return rows
 
 
@@ -317,10 +316,10 @@ def write(rows: list[dict], path: Path, seed: int, shuffle: bool) -> None:
     """Write parquet in which a picture shared by rows of one group is stored once, in the group's dictionary."""
     if shuffle:  # a prefix is then a fair sample
         random.Random(f"{seed}/{path.name}").shuffle(rows)
-    schema = pa.schema([(name, pa.binary() if name == "image_bytes" else pa.string()) for name in COLUMNS])
+    schema = pa.schema([(name, TYPES.get(name, pa.string())) for name in COLUMNS])
     table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(
-        table, path, compression="zstd", compression_level=15, use_dictionary=list(COLUMNS[1:]),
+        table, path, compression="zstd", compression_level=15, use_dictionary=list(COLUMNS[1:-1]),
         dictionary_pagesize_limit=2**28, row_group_size=len(rows) if shuffle else 10_000,
     )  # fmt: skip
 

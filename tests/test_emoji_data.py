@@ -15,7 +15,7 @@ from PIL import Image
 
 pytest.importorskip("resvg_py")
 
-from scripts import prepare_emoji
+from scripts import emoji_questions, prepare_emoji
 from scripts.emoji_pictures import BACKGROUNDS, choose_ground, draw_single, look
 from scripts.emoji_questions import CATEGORIES, COLORS, PHRASES, POSITIONS, Concept, confusable, only_left
 
@@ -76,6 +76,10 @@ def rows(name: str) -> list[tuple]:
     return found
 
 
+def options(name: str) -> list[list[str] | None]:
+    return table(name)["options"].to_pylist()
+
+
 def pictures(name: str) -> set[bytes]:
     return {value for chunk in table(name)["image_bytes"].chunks for value in chunk.dictionary.to_pylist()}
 
@@ -86,7 +90,7 @@ def test_files_are_small_and_have_the_columns_of_minimind_v():
         schema = pq.read_schema(DATA / f"{name}.parquet")
         assert tuple(schema.names) == prepare_emoji.COLUMNS
         assert schema.field("image_bytes").type == pa.binary() and schema.field("conversations").type == pa.string()
-        assert all(column.null_count == 0 for column in table(name).columns)
+        assert all(column.null_count == 0 for column in table(name).drop_columns("options").columns)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -144,10 +148,7 @@ def test_demo_asks_about_nothing_but_its_own_things():
     for name in ("demo_train", "demo_test"):
         assert {row[3] for row in rows(name)} == prepare_emoji.DEMO
         named = {row[5] for row in rows(name) if row[0] == "name"}
-        for task, language, _, _, question, answer in rows(name):
-            if task == "choice" and name == "demo_test":
-                listed = re.split(r": |, | or |\?" if language == "en" else "[：、？]", question)[1:5]
-                assert answer in listed and set(listed) <= named and len(set(listed)) == 4
+        assert {option for listed in options(name) for option in listed or ()} <= named
 
 
 def test_new_compositions_are_made_of_things_that_no_training_scene_shows_or_names():
@@ -186,16 +187,11 @@ def test_no_word_gives_yes_or_no_away():
 @pytest.mark.parametrize("name", ("train", "dev", "test", "demo_train", "demo_test"))
 def test_a_choice_holds_its_answer_once_at_a_uniform_place(name):
     places = Counter()
-    for task, language, _, _, question, answer in rows(name):
-        if task == "choice":
-            question = question.replace("play or pause", "play/pause")  # a name with an "or" of its own
-            if language == "zh":
-                options = re.split("[：。？]", question)[1].split("、")
-            else:
-                text = re.sub(r"^Is this |^[^:]*: |\? Answer with one of them\.$|[.?]$", "", question)
-                options = re.split(", | or ", text)
-            assert len(set(options)) == 4, question
-            places[options.index(answer.replace("play or pause", "play/pause"))] += 1
+    for (task, language, _, _, question, answer), listed in zip(rows(name), options(name), strict=True):
+        assert (task == "choice") == (listed is not None)
+        if listed:
+            assert len(set(listed)) == 4 and emoji_questions.listed(listed, language) in question
+            places[listed.index(answer)] += 1
     total = places.total()
     assert set(places) == {0, 1, 2, 3} and max(places.values()) < 0.25 * total + 3 * (0.1875 * total) ** 0.5
 

@@ -10,12 +10,13 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from test_data import row, write
-from tiny import ROOT, TEXT, VISION, make_model, make_pixels, make_prompt
+from tiny import ROOT, TEXT, VISION, make_model, make_pixels, make_processor, make_prompt
 from transformers import AutoConfig, AutoModel
 
 import train_accelerate
+from data_minivlm import decode_image
 from scripts import demo
-from scripts.evaluate import evaluate, load_trained, normalise, wilson
+from scripts.evaluate import evaluate, load_trained, normalise, option_scores, prompts, wilson
 from train_accelerate import build, build_optimizers, check_gradients, freeze, parse_args, progress, schedule
 
 CONFIG = json.dumps({"vision_config": VISION, "text_config": TEXT | {"vocab_size": 6400}, "vision_feature_layer": -1})
@@ -160,7 +161,7 @@ def test_a_machine_without_a_compiler_trains_all_the_same(data, tmp_path, monkey
 
     monkeypatch.setattr(torch, "compile", fail)
     run(data, tmp_path / "run", "--max_steps", "1", "--compile", "true")
-    assert "Not compiled, training will be about half as fast: No working C++ compiler" in capsys.readouterr().out
+    assert "Not compiled, training will be slower: No working C++ compiler" in capsys.readouterr().out
 
 
 def test_every_matrix_is_optimised_once():
@@ -262,3 +263,39 @@ def test_evaluation_counts_what_a_person_would_count(data, tmp_path):
     assert normalise(" Red.") == normalise("red") and normalise("红色。") == normalise("红色")
     low, high = wilson(5, 10)
     assert (round(low, 3), round(high, 3)) == (0.237, 0.763)  # Wilson's interval for one half of ten
+
+
+def test_the_score_of_an_option_is_its_likelihood_when_read_alone(tmp_path):
+    choices = [["dog", "cat", "a red bus"], ["家", "狗与猫", "红色的车"], ["yes", "no"]]
+    listed = [choices[i % 3] for i in range(6)]
+    rows = [row(question=f"Which, {i}?", answer=c[0], seed=i) | {"options": c} for i, c in enumerate(listed)]
+    rows.append(row(question="No options?", answer="dog") | {"options": None})
+    data = train_accelerate.load_rows([write(tmp_path / "rows.parquet", rows)])
+    processor, model = make_processor(), make_model(text={"vocab_size": 6400})
+    items = prompts(data, processor)
+
+    def likelihood(item, option):
+        image = [decode_image(image) for image in item["images"]]
+        inputs = processor(text=f"{item['text']}{option}<|im_end|>", images=image, return_tensors="pt")
+        start = len(processor(text=item["text"], images=image)["input_ids"][0])
+        ids = inputs["input_ids"][0]
+        with torch.no_grad():
+            scores = model(**inputs).logits[0].log_softmax(-1)
+        return sum(scores[i - 1, ids[i]].item() for i in range(start, len(ids)))
+
+    alone = [[likelihood(item, option) for option in item["options"]] for item in items[:6]]
+    together = option_scores(model, processor, items[:6])
+    for values, expected in zip(together, alone):
+        assert values == pytest.approx(expected, abs=1e-3)
+    best = [max(zip(values, item["options"]))[1] for values, item in zip(alone, items)]
+    metrics = evaluate(model, processor, data)
+    assert [entry.get("ranked") for entry in metrics["answers"]] == [*best, None]
+    right = sum(option == item["answer"] for option, item in zip(best, items))
+    found = metrics["ranked"]["all"]["all"]
+    assert (found["hits"], found["count"]) == (right, 6)
+
+
+def test_an_answer_that_is_none_of_its_options_is_refused(tmp_path):
+    rows = [row(answer="dog") | {"options": ["cat", "bus"]}]
+    with pytest.raises(ValueError, match="'dog' is none of its options .'cat', 'bus'."):
+        prompts(train_accelerate.load_rows([write(tmp_path / "rows.parquet", rows)]), make_processor())
