@@ -1,6 +1,6 @@
 """Rows of pictures and conversations, from the form that `sources_minivlm.py` gives them to the model's tensors.
 
-    {"images", "messages"} -> Encoder -> token ids, labels, pixels -> collator -> batch
+    {"images", "messages"} -> Encoder -> token ids, labels, pixels; `batching_minivlm.py` makes batches of them
 
 Labels come from the chat template's `{% generation %}` blocks: the assistant's words and the end token, nothing else.
 Whatever is random about a row is a function of (seed, epoch, row index): a resumed run sees what it would have seen.
@@ -11,14 +11,14 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from PIL import Image, ImageEnhance
-from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 
 from processing_minivlm import to_rgb
@@ -42,11 +42,36 @@ def decode_image(data: bytes | Path | Image.Image) -> Image.Image:
         raise BadRow(f"unreadable picture: {type(error).__name__}: {error}") from error
 
 
-def augment(image: Image.Image, rng: random.Random, strength: float = 1.0) -> Image.Image:
-    """Shift, scale, tilt and tint a picture a little; never mirror it, since left and right are asked about."""
+def redraw(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The same thing as another hand might draw it: another flat background, other pigments, sometimes none.
+
+    Each stored picture has one background colour, which a classifier learns by heart sooner than the thing on it; with
+    this a tower names several times as many pictures of a style that it never saw.
+    """
+    pixels = np.asarray(image, dtype=np.float32)
+    background = pixels[:1, :1]
+    thing = ((np.abs(pixels - background).max(-1, keepdims=True) - 8) / 24).clip(0, 1)  # 8: noise of lossy pictures
+    fresh = np.float32([255] * 3 if rng.random() < 0.3 else [rng.uniform(0, 255) for _ in range(3)])
+    pixels = pixels + (fresh - background) * (1 - thing)
+    mix = np.eye(3, dtype=np.float32) + np.float32([[rng.uniform(-0.12, 0.12) for _ in range(3)] for _ in range(3)])
+    if rng.random() < 0.08:
+        mix[:] = 1
+    mix /= mix.sum(1, keepdims=True)
+    gain, offset, gamma = rng.uniform(0.9, 1.1), rng.uniform(-16, 16), math.exp(rng.uniform(-0.25, 0.25))
+    pixels = 255 * ((pixels @ mix.T * gain + offset).clip(0, 255) / 255) ** gamma
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def augment(image: Image.Image, rng: random.Random, strong: bool = False) -> Image.Image:
+    """Shift, scale, tilt and tint a picture a little; never mirror it, since left and right are asked about.
+
+    With `strong` half as much again, after `redraw`: colours and backgrounds are then no longer those of the picture.
+    """
+    if strong:
+        image = redraw(image, rng)
 
     def spread(limit: float) -> float:
-        return rng.uniform(-limit, limit) * strength
+        return rng.uniform(-limit, limit) * (1.5 if strong else 1.0)
 
     width, height = image.size
     scale, aspect, shear, tilt = math.exp(0.07 + spread(0.17)), math.exp(spread(0.1)), spread(0.12), spread(0.12)
@@ -123,15 +148,11 @@ class Encoder:
         row = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "pixel_values": pixels}
         return {**share_prefix([row], self.processor.image_token_id), "bad_rows": []}
 
-    def __call__(self, row: dict, rng: random.Random | None = None, pictures: bool = True) -> dict[str, torch.Tensor]:
-        """Encode one row; `rng` switches augmentation on, `pictures=False` leaves the pictures undecoded.
-
-        Returns:
-            `input_ids` and `labels` (T,), `pixel_values` (N, 3, H, W), N the pictures of the row (0 for text only).
+    def words(self, row: dict) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a row, its pictures left undecoded.
 
         Raises:
-            BadRow: markers and pictures differ in number, a picture cannot be read, the row is too long, or no token
-                carries loss.
+            BadRow: markers and pictures differ in number, the row is too long, or no token carries loss.
         """
         markers = sum(
             part["type"] == "image"
@@ -149,9 +170,21 @@ class Encoder:
             raise BadRow(f"{len(ids)} tokens, more than max_length={self.max_length}")
         if all(label == IGNORE for label in labels[1:]):
             raise BadRow("no answer tokens: the conversation has no assistant turn with words in it")
+        return ids, labels
+
+    def __call__(self, row: dict, change=None, pictures: bool = True) -> dict[str, torch.Tensor]:
+        """Encode one row; `change` maps each picture to another one, `pictures=False` leaves them undecoded.
+
+        Returns:
+            `input_ids` and `labels` (T,), `pixel_values` (N, 3, H, W), N the pictures of the row (0 for text only).
+
+        Raises:
+            BadRow: as for `words`, or a picture cannot be read.
+        """
+        ids, labels = self.words(row)
         images = [decode_image(image) for image in row["images"]] if pictures else []
-        if rng is not None:
-            images = [augment(image, rng) for image in images]
+        if change is not None:
+            images = [change(image) for image in images]
         if images:
             pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         else:
@@ -190,212 +223,51 @@ def share_prefix(samples: list[dict], image_token_id: int) -> dict[str, torch.Te
 
 @dataclass
 class TrainingRows(torch.utils.data.Dataset):
-    """Encoded rows by (epoch, indices): the indices of one row, or of several rows about the same picture.
+    """Encoded rows by (epoch, indices): of one row, of several about the same picture, or of a pack.
 
     A bad row is left out, and if no row is left the next good one of the data takes their place; `bad_rows` of the
     sample lists index and reason of each.
+
+    Args:
+        augment: none, mild or strong, see `augment`.
+        packed: give the rows as a list of samples, for `PackingCollator`; else as one sample, by `share_prefix`.
     """
 
     rows: Rows
     encoder: Encoder
     seed: int = 0
-    augment: bool = False
+    augment: str = "none"
+    packed: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, tuple[int, ...]]) -> dict:
+    def __getitem__(self, key: tuple[int, tuple[int, ...]]) -> dict | list[dict]:
         epoch, indices = key
         bad, samples, image_token_id = [], [], self.encoder.processor.image_token_id
         spare = ((indices[-1] + i) % len(self.rows) for i in range(1, 100))
         for index in indices:
-            samples += self._encode(index, f"{self.seed}/{epoch}/{indices[0]}", bad, pictures=not samples)
+            first = index if self.packed else indices[0]
+            samples += self._encode(index, f"{self.seed}/{epoch}/{first}", bad, pictures=self.packed or not samples)
         while not samples:
             if (index := next(spare, None)) is None:
                 raise ValueError(f"{len(bad)} bad rows in a row, from row {bad[0][0]} ({bad[0][1]}) to {bad[-1][0]}.")
             samples += self._encode(index, f"{self.seed}/{epoch}/{index}", bad)
+        if self.packed:
+            samples = [share_prefix([sample], image_token_id) | {"bad_rows": []} for sample in samples]
+            samples[0]["bad_rows"] = bad
+            return samples
         return {**share_prefix(samples, image_token_id), "bad_rows": bad}
 
     def _encode(self, index: int, seed: str, bad: list, pictures: bool = True) -> list[dict]:
+        change = None
+        if self.augment != "none":
+            change = partial(augment, rng=random.Random(seed), strong=self.augment == "strong")
         try:
-            return [self.encoder(self.rows.adapt(index), random.Random(seed) if self.augment else None, pictures)]
+            return [self.encoder(self.rows.adapt(index), change, pictures)]
         except BadRow as error:
             bad.append((index, f"{error}: {self.rows.where(index)}"))
             return []
-
-
-# -------------------------------------------------------------------------------------------------- batches
-
-
-def rows_by_picture(rows: Rows, most: int) -> list[tuple[int, ...]]:
-    """Group rows that are the same up to the end of their last picture into units of at most `most` of like number."""
-    groups: dict[int | str, list[int]] = {}
-    for index, sample in enumerate(rows.samples()):
-        # A bad row stays by itself, to be counted when it is drawn.
-        key = None if isinstance(sample, BadRow) else beginning(sample)
-        groups.setdefault(f"row {index}" if key is None else key, []).append(index)
-    units = []
-    for group in groups.values():
-        pieces = -(-len(group) // most)
-        units += [tuple(group[i::pieces]) for i in range(pieces)]
-    return units
-
-
-def beginning(sample: dict) -> int | None:
-    """Hash of a sample's pictures and of all messages up to the last of them; None without pictures."""
-    if not sample["images"]:
-        return None
-    before, shared = [], []
-    for message in sample["messages"]:
-        for part in [message["role"], *message["content"]]:
-            before.append(part)
-            if part == {"type": "image"}:
-                shared = list(before)
-    images = [image.tobytes() if isinstance(image, Image.Image) else image for image in sample["images"]]
-    return hash((*images, repr(shared)))
-
-
-class GlobalBatchSampler(Sampler):
-    """Yield this rank's micro-batches of (epoch, indices), the same global batches whatever the number of ranks.
-
-    An epoch is shuffled by (seed, epoch) and cut into global batches of units of like length, which leaves little
-    padding. Each is dealt to ranks and micro-batches in turn. Units that do not fill the last global batch of an epoch
-    wait for the next epoch's shuffle.
-
-    Args:
-        units: what is drawn as one, each the indices of its rows.
-        lengths: a number per unit that grows with its tokens.
-        batch_size: units of one optimizer step, over all ranks and micro-batches.
-        micro_batch_size: units that one rank puts through the model at once.
-        start_step: optimizer steps already taken; nothing before them is read.
-    """
-
-    WINDOW = 32  # global batches that are sorted by length together
-
-    def __init__(self, units, lengths, batch_size, micro_batch_size, rank=0, world_size=1, seed=0, start_step=0):
-        if len(units) < batch_size:
-            raise ValueError(
-                f"The data has {len(units)} rows (or groups of rows), fewer than batch_size={batch_size}. "
-                "Lower --batch_size."
-            )
-        if batch_size % world_size:
-            raise ValueError(f"batch_size={batch_size} does not divide by {world_size} ranks. Use a multiple.")
-        self.units, self.lengths, self.batch_size = units, lengths, batch_size
-        self.seed, self.start_step = seed, start_step
-        self.rank, self.world_size = rank, world_size
-        self.steps_per_epoch = len(units) // batch_size
-        self.accumulation = -(-batch_size // (world_size * micro_batch_size))
-
-    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
-        step = self.start_step
-        while True:
-            epoch = step // self.steps_per_epoch
-            batches = self.epoch_batches(epoch)
-            for batch in batches[step % self.steps_per_epoch :]:
-                mine = batch[self.rank :: self.world_size]
-                for i in range(self.accumulation):
-                    yield [(epoch, self.units[unit]) for unit in mine[i :: self.accumulation]]
-                step += 1
-
-    def epoch_batches(self, epoch: int) -> list[list[int]]:
-        """The global batches of an epoch as positions in `units`."""
-        rng = random.Random(f"{self.seed}/{epoch}")
-        order = list(range(len(self.units)))
-        rng.shuffle(order)
-        order = order[: self.steps_per_epoch * self.batch_size]
-        window, batches = self.WINDOW * self.batch_size, []
-        for start in range(0, len(order), window):
-            chunk = sorted(order[start : start + window], key=lambda i: self.lengths[i])
-            batches += [chunk[i : i + self.batch_size] for i in range(0, len(chunk), self.batch_size)]
-        rng.shuffle(batches)
-        return batches
-
-
-def _finish(batch: dict, labels: torch.Tensor, samples: list[dict]) -> dict:
-    """Add what both collators share: the positions that predict answers and the answers, pictures, bad rows."""
-    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, T): what each position predicts
-    batch["logits_to_keep"] = targets != IGNORE
-    batch["shift_labels"] = targets[batch["logits_to_keep"]][None]  # (1, K)
-    pixels = [sample["pixel_values"] for sample in samples if len(sample["pixel_values"])]
-    if pixels:
-        batch["pixel_values"] = torch.cat(pixels)
-    batch["bad_rows"] = [bad for sample in samples for bad in sample["bad_rows"]]
-    return batch
-
-
-def with_picture(samples: list[dict], blank: dict | None) -> list[dict]:
-    """Add the blank row to a batch without pictures.
-
-    Its gradient is zero, but there is one: without, a rank whose rows are all text would leave the tower out of the
-    backward pass, and DDP would wait for it or fail.
-    """
-    if blank is None or any(len(sample["pixel_values"]) for sample in samples):
-        return samples
-    return [*samples, blank]
-
-
-def own_labels(sample: dict) -> torch.Tensor:
-    """Labels without the first token of each branch or row: the token before it belongs to another one."""
-    branch = sample["branch"]
-    starts = torch.cat([torch.ones(1, dtype=torch.bool), branch[1:] != branch[:-1]])
-    return sample["labels"].masked_fill(starts, IGNORE)
-
-
-class PaddingCollator:
-    """Rows side by side, padded on the right to the longest.
-
-    Causal attention never looks at the padding, so rows alone need no attention mask. Rows that share a picture get
-    one that hides the branches from one another.
-
-    Args:
-        blank: `Encoder.blank()`, added to a batch without pictures; None adds nothing.
-    """
-
-    def __init__(self, pad_token_id: int, blank: dict | None = None):
-        self.pad_token_id, self.blank = pad_token_id, blank
-
-    def __call__(self, samples: list[dict]) -> dict:
-        """Return `input_ids`, `position_ids`, `logits_to_keep` (B, T), `shift_labels` (1, K), `pixel_values`.
-
-        With branches also `attention_mask` (B, 1, T, T), to be added to attention scores: 0 or the lowest float.
-        """
-
-        samples = with_picture(samples, self.blank)
-
-        def pad(key: str, value: int) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=value)
-
-        batch = {"input_ids": pad("input_ids", self.pad_token_id), "position_ids": pad("position_ids", 0)}
-        branch = pad("branch", -1)
-        if branch.max() > 1:
-            query, key = branch[:, :, None], branch[:, None, :]
-            seen = ((query == key) | (key == 0)).tril()  # (B, T, T)
-            batch["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
-        labels = torch.nn.utils.rnn.pad_sequence(
-            [own_labels(s) for s in samples], batch_first=True, padding_value=IGNORE
-        )
-        return _finish(batch, labels, samples)
-
-
-class PackingCollator:
-    """Rows one after another in a single row without padding; `position_ids` restart at 0 for each.
-
-    transformers keeps packed rows apart by these restarts, but only without an attention mask and without a cache.
-
-    Args:
-        blank: `Encoder.blank()`, added to a batch without pictures; None adds nothing.
-    """
-
-    def __init__(self, blank: dict | None = None):
-        self.blank = blank
-
-    def __call__(self, samples: list[dict]) -> dict:
-        """Return `input_ids`, `position_ids`, `logits_to_keep` (1, T), `shift_labels` (1, K) and `pixel_values`."""
-        if any(sample["branch"].max() > 1 for sample in samples):
-            raise ValueError("Rows that share a picture cannot be packed: position_ids cannot say what they may see.")
-        samples = with_picture(samples, self.blank)
-        batch = {key: torch.cat([s[key] for s in samples])[None] for key in ("input_ids", "position_ids")}
-        return _finish(batch, torch.cat([own_labels(s) for s in samples])[None], samples)
 
 
 def describe_bad_rows(bad_rows: Counter) -> str:

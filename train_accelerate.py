@@ -29,17 +29,17 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil, HfArgumentParser
 
-from configuration_minivlm import MiniVLMConfig
-from data_minivlm import (
-    IGNORE,
-    Encoder,
+from batching_minivlm import (
     GlobalBatchSampler,
+    LikeLengths,
     PackingCollator,
+    Packs,
     PaddingCollator,
-    TrainingRows,
-    describe_bad_rows,
+    measure,
     rows_by_picture,
 )
+from configuration_minivlm import MiniVLMConfig
+from data_minivlm import IGNORE, Encoder, TrainingRows, describe_bad_rows
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from processing_minivlm import MiniVLMProcessor
 from scripts.evaluate import evaluate, load_trained, print_table, register_config
@@ -78,12 +78,14 @@ class TrainArgs:
     epochs: float = option(1.0, "Passes over the data, if neither max_steps nor max_minutes is given.")
     max_steps: int | None = option(None, "Optimizer steps, whatever the number of ranks.")
     max_minutes: float | None = option(None, "Stop after so many minutes; the learning rate decays over them.")
-    batch_size: int = option(64, "Rows (groups of them with share_pictures) per optimizer step, over all ranks.")
-    micro_batch_size: int = option(64, "Rows or groups that one rank puts through the model at once.")
+    batch_size: int = option(64, "Rows (groups with share_pictures, packs with packing) per step, over all ranks.")
+    micro_batch_size: int = option(64, "Rows, groups or packs that one rank puts through the model at once.")
     max_length: int = option(1024, "Longest row in tokens, pictures included. A longer row counts as a bad one.")
     share_pictures: int = option(1, "Most rows about the same picture that share its tokens, blind to each other.")
-    packing: bool = option(False, "Concatenate the rows of a micro-batch instead of padding them.")
-    augment: bool = option(False, "Shift, scale, tilt and tint the pictures a little.")
+    packing: bool = option(False, "Fill packs with rows instead of padding them; batch sizes then count packs.")
+    pack_tokens: int = option(4096, "Most tokens in a pack.")
+    pack_pictures: int = option(64, "Most pictures in a pack.")
+    augment: str = option("none", "mild: shift, scale, tilt, tint pictures. strong: also new colours. Or none.")
     optimizer: str = option("adamw", "adamw, or muon (matrices of blocks by Muon, everything else by AdamW).")
     learning_rate: float = option(1e-3, "Learning rate after warm-up; it decays linearly to zero.")
     warmup: float = option(0.03, "Share of the run over which the learning rate rises.")
@@ -124,10 +126,16 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
     for part in args.train:
         if part not in PARTS:
             parser.error(f"--train {part}: no such part. Parts are {', '.join(PARTS)}.")
-    if args.optimizer not in ("adamw", "muon"):
-        parser.error(f"--optimizer {args.optimizer}: not known. Use adamw or muon.")
+    for name, known in (("optimizer", ("adamw", "muon")), ("augment", ("none", "mild", "strong"))):
+        if getattr(args, name) not in known:
+            parser.error(f"--{name} {getattr(args, name)}: not known. Use {', '.join(known[:-1])} or {known[-1]}.")
     if args.packing and args.share_pictures > 1:
         parser.error("--packing and --share_pictures exclude each other. Choose one.")
+    if args.packing and args.pack_tokens < args.max_length:
+        parser.error(
+            f"--pack_tokens {args.pack_tokens} is less than --max_length {args.max_length}: the longest rows "
+            "would fit into no pack. Raise the one or lower the other."
+        )
     if args.batch_size < 1 or args.micro_batch_size < 1:
         parser.error(
             f"--batch_size {args.batch_size} and --micro_batch_size {args.micro_batch_size} must be 1 or more."
@@ -336,8 +344,7 @@ def schedule(done: float, warmup: float) -> float:
 def train(accelerator, model, optimizers, loader, args, state, max_steps) -> None:
     """Take optimizer steps until `max_steps` or `max_minutes`."""
     model.train()
-    accumulation, steps_per_epoch = loader.batch_sampler.accumulation, loader.batch_sampler.steps_per_epoch
-    device, batches = accelerator.device, iter(loader)
+    sampler, device, batches = loader.batch_sampler, accelerator.device, iter(loader)
     total = None if max_steps == sys.maxsize else max_steps
     bar = tqdm(total=total, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     log = open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
@@ -350,7 +357,7 @@ def train(accelerator, model, optimizers, loader, args, state, max_steps) -> Non
             done = accelerator.reduce(torch.tensor(done, device=device), reduction="mean").item()
         if done >= 1:
             break
-        group = list(islice(batches, accumulation))
+        group = list(islice(batches, sampler.accumulation))
         # Divide by the answer tokens of all ranks and micro-batches. A mean of micro-batch means would let a row with
         # three answer tokens pull as hard as one with three hundred.
         answers = sum((batch["shift_labels"] != IGNORE).sum() for batch in group).to(device)
@@ -390,7 +397,7 @@ def train(accelerator, model, optimizers, loader, args, state, max_steps) -> Non
             rate = (state.tokens - window_tokens) / (now - window_start)
             window_tokens, window_start = state.tokens, now
             if accelerator.is_main_process:
-                epoch = (state.step - 1) // steps_per_epoch + 1
+                epoch = sampler.place(state.step - 1)[0] + 1
                 left = state.seconds / max(done, 1e-9) * (1 - done) if args.max_minutes else None
                 bar.set_postfix_str(
                     f"loss {loss:.3f}, {rate:,.0f} tokens/s" + (f", {left / 60:.1f} min left" if left else "")
@@ -452,7 +459,7 @@ def describe(accelerator: Accelerator, model, trainable: dict, args: TrainArgs, 
         value = os.environ["CUDA_VISIBLE_DEVICES"]
         print(f"warning: CUDA_VISIBLE_DEVICES={value!r} is set and no GPU is visible; unset it to use one.")
     length = f"{args.max_minutes:g} min" if args.max_minutes else f"{max_steps:,} steps"
-    print(f"{rows:,} rows, {args.batch_size} per step, {length}")
+    print(f"{rows:,} rows, {args.batch_size} {'packs' if args.packing else 'rows'} per step, {length}")
     print(f"{'part':<12}{'parameters':>14}{'learning':>14}")
     for part in PARTS:
         total = sum(p.numel() for name, p in model.named_parameters() if part_of(name) == part)
@@ -481,6 +488,16 @@ def write_run(args: TrainArgs, accelerator: Accelerator, state: State, metrics: 
     run |= {"steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1)}
     run |= {"bad_rows": dict(state.bad_rows)}
     (Path(args.output_dir) / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def make_plan(rows: Rows, encoder: Encoder, args: TrainArgs, quiet: bool) -> LikeLengths | Packs:
+    """What the batches of an epoch are made of."""
+    if args.packing:
+        tokens, pictures = measure(rows, encoder, args.workers, quiet)
+        return Packs(tokens, pictures, args.batch_size, args.pack_tokens, args.pack_pictures, args.seed)
+    sizes = rows.sizes()
+    units = rows_by_picture(rows, args.share_pictures) if args.share_pictures > 1 else [(i,) for i in range(len(rows))]
+    return LikeLengths(units, [sum(sizes[i] for i in unit) for unit in units], args.batch_size, args.seed)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -512,24 +529,19 @@ def main(argv: list[str] | None = None) -> Path:
     if checkpoint:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"continuing from {checkpoint}")
-    sizes = rows.sizes()
-    units = rows_by_picture(rows, args.share_pictures) if args.share_pictures > 1 else [(i,) for i in range(len(rows))]
+    encoder = Encoder(processor, args.max_length)
     sampler = GlobalBatchSampler(
-        units,
-        [sum(sizes[i] for i in unit) for unit in units],
-        args.batch_size,
+        make_plan(rows, encoder, args, quiet=not accelerator.is_main_process),
         args.micro_batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        seed=args.seed,
         start_step=state.step,
     )
     if args.max_minutes is not None:
         max_steps = args.max_steps or sys.maxsize
     else:
-        max_steps = args.max_steps or max(1, round(args.epochs * sampler.steps_per_epoch))
-    encoder = Encoder(processor, args.max_length)
-    dataset = TrainingRows(rows, encoder, seed=args.seed, augment=args.augment)
+        max_steps = args.max_steps or sampler.steps(args.epochs)
+    dataset = TrainingRows(rows, encoder, seed=args.seed, augment=args.augment, packed=args.packing)
     blank = encoder.blank() if {"vision", "projector"} & set(args.train) else None
     pad_token_id = processor.tokenizer.pad_token_id
     collate = PackingCollator(blank) if args.packing else PaddingCollator(pad_token_id, blank)

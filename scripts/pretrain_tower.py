@@ -8,15 +8,12 @@ is a folder for `train_accelerate.py --vision_model`.
 """
 
 import argparse
-import math
 import random
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -33,26 +30,6 @@ from train_accelerate import (
     schedule,
     supports_bf16,
 )
-
-
-def redraw(image: Image.Image, rng: random.Random) -> Image.Image:
-    """The same thing as another hand might draw it: another flat background, other pigments, sometimes none.
-
-    Each stored picture has one background colour, which a classifier learns by heart sooner than the thing on it; with
-    this a tower names several times as many pictures of a style that it never saw.
-    """
-    pixels = np.asarray(image, dtype=np.float32)
-    background = pixels[:1, :1]
-    thing = ((np.abs(pixels - background).max(-1, keepdims=True) - 8) / 24).clip(0, 1)  # 8: noise of lossy pictures
-    fresh = np.float32([255] * 3 if rng.random() < 0.3 else [rng.uniform(0, 255) for _ in range(3)])
-    pixels = pixels + (fresh - background) * (1 - thing)
-    mix = np.eye(3, dtype=np.float32) + np.float32([[rng.uniform(-0.12, 0.12) for _ in range(3)] for _ in range(3)])
-    if rng.random() < 0.08:
-        mix[:] = 1
-    mix /= mix.sum(1, keepdims=True)
-    gain, offset, gamma = rng.uniform(0.9, 1.1), rng.uniform(-16, 16), math.exp(rng.uniform(-0.25, 0.25))
-    pixels = 255 * ((pixels @ mix.T * gain + offset).clip(0, 255) / 255) ** gamma
-    return Image.fromarray(pixels.astype(np.uint8))
 
 
 class Pictures(Dataset):
@@ -78,8 +55,7 @@ class Pictures(Dataset):
         epoch, index = key
         image, label = self.pictures[index]
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
-        image = augment(redraw(image, rng), rng, strength=1.5)
-        return self.image_processor([image], return_tensors="pt")["pixel_values"][0], label
+        return self.image_processor([augment(image, rng, strong=True)], return_tensors="pt")["pixel_values"][0], label
 
 
 class Classifier(nn.Module):

@@ -13,18 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import make_model, make_processor
 
-from data_minivlm import (
-    IGNORE,
-    BadRow,
-    Encoder,
+from batching_minivlm import (
     GlobalBatchSampler,
+    LikeLengths,
     PackingCollator,
     PaddingCollator,
-    TrainingRows,
-    augment,
     rows_by_picture,
-    share_prefix,
 )
+from data_minivlm import IGNORE, BadRow, Encoder, TrainingRows, augment, share_prefix
 from sources_minivlm import keep_rows, load_rows, minimind_v
 
 PROCESSOR = make_processor()
@@ -186,7 +182,7 @@ def test_packed_padded_and_single_rows_give_the_same_loss():
     alone, answers = loss_of_rows_alone(model, rows)
     samples = [encode(r) for r in rows]
     torch.testing.assert_close(loss_of(model, PaddingCollator(0)(samples), answers), alone, atol=1e-6, rtol=0)
-    torch.testing.assert_close(loss_of(model, PackingCollator()(samples), answers), alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss_of(model, PackingCollator()([samples]), answers), alone, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -206,12 +202,12 @@ def test_rows_are_grouped_by_equal_pictures(tmp_path):
     assert sorted(index for unit in units for index in unit) == list(range(13))
     assert all(len({index % 3 for index in unit}) == 1 and len(unit) <= 3 for unit in units)
     with pytest.raises(ValueError, match="cannot be packed"):
-        PackingCollator()([encode(row("a", "b"), row("c", "d"))])
+        PackingCollator()([[encode(row("a", "b"), row("c", "d"))]])
 
 
 def test_packing_does_not_leak_between_conversations():
     model, samples = make_model(text={"vocab_size": 6400}), mixed_samples()
-    packed = PackingCollator()(samples)
+    packed = PackingCollator()([samples])
     packed = {key: packed[key] for key in ("input_ids", "position_ids", "pixel_values")}
     with torch.no_grad():
         together = model(**packed, use_cache=False).logits[0]
@@ -233,7 +229,7 @@ def test_global_batches_do_not_depend_on_ranks_or_micro_batches():
 
     def rows_of(world_size, micro):
         ranks = [
-            flatten(GlobalBatchSampler(units(101), lengths, 12, micro, rank, world_size, seed=3), 17)
+            flatten(GlobalBatchSampler(LikeLengths(units(101), lengths, 12, seed=3), micro, rank, world_size), 17)
             for rank in range(world_size)
         ]
         return [sorted(key for rank in step for micro in rank for key in micro) for step in zip(*ranks)]
@@ -245,21 +241,21 @@ def test_global_batches_do_not_depend_on_ranks_or_micro_batches():
 
 
 def test_sampler_resumes_where_it_stopped():
-    whole = flatten(GlobalBatchSampler(units(50), list(range(50)), 8, 4, seed=1), 20)
-    rest = flatten(GlobalBatchSampler(units(50), list(range(50)), 8, 4, seed=1, start_step=9), 11)
+    whole = flatten(GlobalBatchSampler(LikeLengths(units(50), list(range(50)), 8, seed=1), 4), 20)
+    rest = flatten(GlobalBatchSampler(LikeLengths(units(50), list(range(50)), 8, seed=1), 4, start_step=9), 11)
     assert whole[9:] == rest
 
 
 def test_sampler_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="3 rows .*, fewer than batch_size=8"):
-        GlobalBatchSampler(units(3), [1, 2, 3], 8, 8)
+        LikeLengths(units(3), [1, 2, 3], 8)
     with pytest.raises(ValueError, match="batch_size=8 does not divide by 3 ranks"):
-        GlobalBatchSampler(units(9), [1] * 9, 8, 8, world_size=3)
+        GlobalBatchSampler(LikeLengths(units(9), [1] * 9, 8), 8, world_size=3)
 
 
 def test_augmentation_depends_on_seed_epoch_and_row_alone(tmp_path):
     path = write(tmp_path / "a.parquet", [row(seed=i) for i in range(3)])
-    first, second = (TrainingRows(load_rows([path]), ENCODER, seed=7, augment=True) for _ in range(2))
+    first, second = (TrainingRows(load_rows([path]), ENCODER, seed=7, augment="strong") for _ in range(2))
     second[0, (0,)]
     assert torch.equal(first[4, (2,)]["pixel_values"], second[4, (2,)]["pixel_values"])
     assert not torch.equal(first[4, (2,)]["pixel_values"], first[5, (2,)]["pixel_values"])
@@ -284,5 +280,5 @@ def test_no_row_is_asked_to_predict_the_next_rows_first_token():
         "pixel_values": torch.empty(0),
         "bad_rows": [],
     }
-    for collator in (PackingCollator(), PaddingCollator(0)):
-        assert collator([sample, sample])["shift_labels"].tolist() == [[6, 7, 6, 7]]
+    for collator, units in ((PackingCollator(), [[sample], [sample, sample]]), (PaddingCollator(0), [sample] * 3)):
+        assert collator(units)["shift_labels"].tolist() == [[6, 7] * 3]

@@ -16,7 +16,8 @@ from tiny import make_model
 
 import sources_minivlm
 import train_accelerate
-from data_minivlm import IGNORE, PackingCollator, PaddingCollator, TrainingRows, rows_by_picture
+from batching_minivlm import PackingCollator, PaddingCollator, rows_by_picture
+from data_minivlm import IGNORE, TrainingRows
 from scripts.evaluate import prompts
 from sources_minivlm import ADAPTERS, BadRow, keep_rows, load_rows
 
@@ -256,7 +257,7 @@ def test_a_batch_of_text_alone_gives_every_part_a_gradient_of_zero(tmp_path):
     sample = TrainingRows(rows, ENCODER)[0, (1,)]
     values = []
     for collate in (PaddingCollator(0), PaddingCollator(0, ENCODER.blank()), PackingCollator(ENCODER.blank())):
-        batch = collate([sample])
+        batch = collate([[sample]] if isinstance(collate, PackingCollator) else [sample])
         batch.pop("bad_rows")
         loss = model(**batch, labels=batch["shift_labels"], use_cache=False).loss
         values.append(loss.item())

@@ -83,7 +83,19 @@ def test_training_learns_saves_and_evaluates(data, tmp_path, capsys):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path):
-    options = ("--augment", "true", "--epochs", "2", "--save_every", "2", "--share_pictures", "3", "--batch_size", "4")
+    options = ("--augment", "strong", "--epochs", "2", "--save_every", "2", "--share_pictures", "3")
+    options += ("--batch_size", "4")
+        "--augment",
+        "strong",
+        "--epochs",
+        "2",
+        "--save_every",
+        "2",
+        "--share_pictures",
+        "3",
+        "--batch_size",
+        "4",
+    )
     run(data, tmp_path / "whole", *options)
     whole = losses(tmp_path / "whole")
     assert len(whole) == 4
