@@ -267,6 +267,7 @@ def _finish(batch: dict, labels: torch.Tensor, samples: list[dict]) -> dict:
     if pixels:
         batch["pixel_values"] = torch.cat(pixels)
     batch["bad_rows"] = [bad for sample in samples for bad in sample["bad_rows"]]
+    batch["epoch"] = max(sample["epoch"] for sample in samples)
     return batch
 
 

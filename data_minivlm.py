@@ -146,7 +146,7 @@ class Encoder:
         ids = torch.full((self.processor.image_seq_length,), self.processor.image_token_id)
         pixels = self.processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
         row = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "pixel_values": pixels}
-        return {**share_prefix([row], self.processor.image_token_id), "bad_rows": []}
+        return {**share_prefix([row], self.processor.image_token_id), "bad_rows": [], "epoch": 0}
 
     def words(self, row: dict) -> tuple[list[int], list[int]]:
         """Token ids and labels of a row, its pictures left undecoded.
@@ -226,7 +226,7 @@ class TrainingRows(torch.utils.data.Dataset):
     """Encoded rows by (epoch, indices): of one row, of several about the same picture, or of a pack.
 
     A bad row is left out, and if no row is left the next good one of the data takes their place; `bad_rows` of the
-    sample lists index and reason of each.
+    sample lists file and row, and reason of each.
 
     Args:
         augment: none, mild or strong, see `augment`.
@@ -251,13 +251,13 @@ class TrainingRows(torch.utils.data.Dataset):
             samples += self._encode(index, f"{self.seed}/{epoch}/{first}", bad, pictures=self.packed or not samples)
         while not samples:
             if (index := next(spare, None)) is None:
-                raise ValueError(f"{len(bad)} bad rows in a row, from row {bad[0][0]} ({bad[0][1]}) to {bad[-1][0]}.")
+                raise ValueError(f"{len(bad)} bad rows in a row, from {bad[0][0]} ({bad[0][1]}) to {bad[-1][0]}.")
             samples += self._encode(index, f"{self.seed}/{epoch}/{index}", bad)
         if self.packed:
-            samples = [share_prefix([sample], image_token_id) | {"bad_rows": []} for sample in samples]
+            samples = [share_prefix([s], image_token_id) | {"bad_rows": [], "epoch": epoch} for s in samples]
             samples[0]["bad_rows"] = bad
             return samples
-        return {**share_prefix(samples, image_token_id), "bad_rows": bad}
+        return {**share_prefix(samples, image_token_id), "bad_rows": bad, "epoch": epoch}
 
     def _encode(self, index: int, seed: str, bad: list, pictures: bool = True) -> list[dict]:
         change = None
@@ -266,7 +266,7 @@ class TrainingRows(torch.utils.data.Dataset):
         try:
             return [self.encoder(self.rows.adapt(index), change, pictures)]
         except BadRow as error:
-            bad.append((index, f"{error}: {self.rows.where(index)}"))
+            bad.append((self.rows.where(index), str(error)))
             return []
 
 

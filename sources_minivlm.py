@@ -12,13 +12,14 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
 from io import BytesIO
 from itertools import accumulate, groupby
 from pathlib import Path
 
 import pyarrow
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from pyarrow import parquet
@@ -268,6 +269,18 @@ def from_shard(row: dict) -> dict:
     return said
 
 
+def to_sample(row: dict, adapter: Callable[[dict], dict] | None, root: Path) -> dict:
+    """What an adapter, None: the one that knows these columns, makes of a row; or `BadRow`."""
+    adapter = adapter or find_adapter(row)
+    try:
+        sample = adapter(row)
+        return {**sample, "images": [locate(image, root) for image in sample["images"]]}
+    except BadRow:
+        raise
+    except MALFORMED as error:
+        raise BadRow(f"not in the form of {adapter.__name__}: {type(error).__name__}: {error}") from error
+
+
 @dataclass
 class Part:
     """The rows of one file: a table, how a row is unpacked, and the folder that its pictures may be read from."""
@@ -312,14 +325,7 @@ class Part:
                 yield error
 
     def sample(self, row: dict) -> dict:
-        adapter = self.adapter or find_adapter(row)
-        try:
-            sample = adapter(row)
-            return {**sample, "images": [locate(image, self.root) for image in sample["images"]]}
-        except BadRow:
-            raise
-        except MALFORMED as error:
-            raise BadRow(f"not in the form of {adapter.__name__}: {type(error).__name__}: {error}") from error
+        return to_sample(row, self.adapter, self.root)
 
     def column(self, name: str) -> list:
         if name not in self.columns:
@@ -435,20 +441,65 @@ def load_rows(sources: list[str]) -> Rows:
         ValueError: a file cannot be read or has the columns of no known schema, or there are no rows at all.
     """
     parts = []
-    for source in sources:
-        source, _, forced = source.partition("::")
-        adapter = adapter_by_name(forced) if forced else None
-        if source.startswith("hub:"):
+    for name, adapter in named_sources(sources):
+        if name.startswith("hub:"):
             # Files that the library downloaded are named by their full path, which must lie in its own cache.
-            parts.append(Part(source, load_hub(source), Path(HF_HUB_CACHE), adapter))
+            parts.append(Part(name, load_hub(name), Path(HF_HUB_CACHE), adapter))
             continue
-        for file in find_files(source):
+        for file in find_files(name):
             table, unpack = READERS[file.suffix](file)
             if len(table):
                 parts.append(Part(str(file), table, file.parent, adapter, unpack))
     if not parts:
         raise ValueError(f"{', '.join(sources)}: no rows. Training needs at least one.")
     return Rows(parts)
+
+
+@dataclass
+class Stream:
+    """The rows of one source, read one after another and never held all at once."""
+
+    name: str
+    read: Callable[[], Iterator[dict]]
+    root: Path
+    adapter: Callable[[dict], dict] | None = None  # None: by each row's columns
+    unpack: Callable[[dict], dict] | None = None  # None: a row is as it is read
+
+    def sample(self, row: dict) -> dict:
+        """As `Rows.adapt`."""
+        return to_sample(row if self.unpack is None else self.unpack(row), self.adapter, self.root)
+
+
+def load_streams(sources: list[str]) -> list[Stream]:
+    """The sources of `load_rows`, a file each, without reading more of them than their first row.
+
+    Raises:
+        FileNotFoundError: a source matches no file.
+        ValueError: a file cannot be read or has the columns of no known schema.
+    """
+    streams = []
+    for name, adapter in named_sources(sources):
+        if name.startswith("hub:"):
+            streams.append(Stream(name, partial(stream_hub, name), Path(HF_HUB_CACHE), adapter))
+            continue
+        for file in find_files(name):
+            unpack = UNPACKERS[file.suffix]
+            streams.append(Stream(str(file), partial(STREAMERS[file.suffix], file), file.parent, adapter, unpack))
+    for stream in streams:
+        row = next(stream.read(), {})
+        if row and stream.adapter is None and stream.unpack is None:
+            try:
+                find_adapter(row)
+            except BadRow as error:
+                raise ValueError(f"{stream.name}: {error}.") from error
+    return streams
+
+
+def named_sources(sources: list[str]) -> Iterator[tuple[str, Callable[[dict], dict] | None]]:
+    """Split `a.jsonl::trl` into the name and the adapter that it forces, None where it forces none."""
+    for source in sources:
+        name, _, forced = source.partition("::")
+        yield name, adapter_by_name(forced) if forced else None
 
 
 def adapter_by_name(name: str) -> Callable[[dict], dict]:
@@ -504,11 +555,47 @@ def read_tar(file: Path) -> tuple[Dataset, Callable]:
 READERS = {".parquet": read_parquet, ".jsonl": read_json, ".json": read_json, ".tar": read_tar}
 
 
-def load_hub(source: str) -> Dataset:
+def load_hub(source: str, streaming: bool = False) -> Dataset | IterableDataset:
     name, *rest = source.removeprefix("hub:").split(":")
     if len(rest) > 2 or "/" not in name:
         raise ValueError(
             f"{source}: a Hub data set is named hub:owner/name, hub:owner/name:config or with :split behind."
         )
     config, split = [*rest, "", ""][:2]
-    return load_dataset(name, config or None, split=split or "train")
+    return load_dataset(name, config or None, split=split or "train", streaming=streaming)
+
+
+def stream_library(file: Path) -> Iterator[dict]:
+    """Rows of a parquet file or a webdataset shard, pictures undecoded."""
+    kind = "parquet" if file.suffix == ".parquet" else "webdataset"
+    try:
+        yield from every_row(load_dataset(kind, data_files=str(file), split="train", streaming=True))
+    except Exception as error:  # the library raises its own classes, pyarrow's and tarfile's
+        raise ValueError(f"{file}: not a readable {kind} file ({error.__cause__ or error}).") from error
+
+
+def stream_json(file: Path) -> Iterator[dict]:
+    with open(file, "rb") as lines:
+        start = lines.peek(64).lstrip()[:1]
+        if start != b"[":
+            yield from ({"json": line} for line in lines if line.strip())
+            return
+    yield from read_json(file)[0].with_format("arrow").to_list()  # one list must be read whole
+
+
+def stream_hub(source: str) -> Iterator[dict]:
+    yield from every_row(load_hub(source, streaming=True))
+
+
+def every_row(data: IterableDataset) -> Iterator[dict]:
+    """The rows of a streamed data set, pictures undecoded.
+
+    Iterated directly, it would give each worker of a DataLoader other rows, and leave some out where they do not
+    divide; batches of one are the same for all.
+    """
+    for batch in data.decode(False).iter(batch_size=1):
+        yield {name: values[0] for name, values in batch.items()}
+
+
+STREAMERS = {".parquet": stream_library, ".jsonl": stream_json, ".json": stream_json, ".tar": stream_library}
+UNPACKERS = {".parquet": None, ".jsonl": from_json, ".json": from_json, ".tar": from_shard}

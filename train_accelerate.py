@@ -43,7 +43,8 @@ from data_minivlm import IGNORE, Encoder, TrainingRows, describe_bad_rows
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from processing_minivlm import MiniVLMProcessor
 from scripts.evaluate import evaluate, load_trained, print_table, register_config
-from sources_minivlm import ADAPTERS, BadRow, Rows, keep_rows, load_rows
+from sources_minivlm import ADAPTERS, BadRow, Rows, keep_rows, load_rows, load_streams
+from streaming_minivlm import StreamedBatches
 
 PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "text": ""}  # text: the rest
 
@@ -82,6 +83,8 @@ class TrainArgs:
     micro_batch_size: int = option(64, "Rows, groups or packs that one rank puts through the model at once.")
     max_length: int = option(1024, "Longest row in tokens, pictures included. A longer row counts as a bad one.")
     share_pictures: int = option(1, "Most rows about the same picture that share its tokens, blind to each other.")
+    streaming: bool = option(False, "Read the data in order instead of holding it; needs max_steps or max_minutes.")
+    weights: list[float] = option([], "With streaming, how often each source is drawn, relative to the others.")
     packing: bool = option(False, "Fill packs with rows instead of padding them; batch sizes then count packs.")
     pack_tokens: int = option(4096, "Most tokens in a pack.")
     pack_pictures: int = option(64, "Most pictures in a pack.")
@@ -126,6 +129,13 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
     for part in args.train:
         if part not in PARTS:
             parser.error(f"--train {part}: no such part. Parts are {', '.join(PARTS)}.")
+    if args.streaming:
+        if not (args.max_steps or args.max_minutes):
+            parser.error("--streaming: the data has no known length. Give --max_steps or --max_minutes.")
+        if args.share_pictures > 1 or args.max_rows:
+            parser.error("--streaming does not go with --share_pictures or --max_rows. Leave them out.")
+    if args.weights and not (args.streaming and min(args.weights) > 0):
+        parser.error(f"--weights {args.weights}: positive numbers, one per source, and with --streaming only.")
     for name, known in (("optimizer", ("adamw", "muon")), ("augment", ("none", "mild", "strong"))):
         if getattr(args, name) not in known:
             parser.error(f"--{name} {getattr(args, name)}: not known. Use {', '.join(known[:-1])} or {known[-1]}.")
@@ -320,13 +330,14 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
     bad_rows: Counter = field(default_factory=Counter)
+    bad_sources: Counter = field(default_factory=Counter)
 
     def state_dict(self) -> dict:
-        return {**asdict(self), "bad_rows": dict(self.bad_rows)}
+        return {**asdict(self), "bad_rows": dict(self.bad_rows), "bad_sources": dict(self.bad_sources)}
 
     def load_state_dict(self, values: dict) -> None:
         self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]
-        self.bad_rows = Counter(values["bad_rows"])
+        self.bad_rows, self.bad_sources = Counter(values["bad_rows"]), Counter(values["bad_sources"])
 
 
 def progress(args: TrainArgs, state: State, max_steps: int, elapsed: float) -> float:
@@ -341,10 +352,10 @@ def schedule(done: float, warmup: float) -> float:
     return min(done / warmup, 1.0) * (1 - done) if warmup else 1 - done
 
 
-def train(accelerator, model, optimizers, loader, args, state, max_steps) -> None:
+def train(accelerator, model, optimizers, loader, accumulation, args, state, max_steps) -> None:
     """Take optimizer steps until `max_steps` or `max_minutes`."""
     model.train()
-    sampler, device, batches = loader.batch_sampler, accelerator.device, iter(loader)
+    device, batches = accelerator.device, iter(loader)
     total = None if max_steps == sys.maxsize else max_steps
     bar = tqdm(total=total, initial=state.step, unit="step", disable=not accelerator.is_main_process)
     log = open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") if accelerator.is_main_process else None
@@ -357,14 +368,16 @@ def train(accelerator, model, optimizers, loader, args, state, max_steps) -> Non
             done = accelerator.reduce(torch.tensor(done, device=device), reduction="mean").item()
         if done >= 1:
             break
-        group = list(islice(batches, sampler.accumulation))
+        group = list(islice(batches, accumulation))
         # Divide by the answer tokens of all ranks and micro-batches. A mean of micro-batch means would let a row with
         # three answer tokens pull as hard as one with three hundred.
         answers = sum((batch["shift_labels"] != IGNORE).sum() for batch in group).to(device)
         answers = accelerator.reduce(answers, reduction="sum")
         loss_sum = torch.zeros((), device=device)
         for i, batch in enumerate(group):
-            count_bad_rows(state, batch.pop("bad_rows"), args, len(loader.dataset))
+            epoch = batch.pop("epoch") + 1
+            read = args.batch_size * (state.step + 1) + 1000 if args.streaming else epoch * len(loader.dataset)
+            count_bad_rows(state, batch.pop("bad_rows"), args.max_bad_rows, read)
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with nullcontext() if i == len(group) - 1 else accelerator.no_sync(model):
                 with accelerator.autocast():
@@ -397,7 +410,6 @@ def train(accelerator, model, optimizers, loader, args, state, max_steps) -> Non
             rate = (state.tokens - window_tokens) / (now - window_start)
             window_tokens, window_start = state.tokens, now
             if accelerator.is_main_process:
-                epoch = sampler.place(state.step - 1)[0] + 1
                 left = state.seconds / max(done, 1e-9) * (1 - done) if args.max_minutes else None
                 bar.set_postfix_str(
                     f"loss {loss:.3f}, {rate:,.0f} tokens/s" + (f", {left / 60:.1f} min left" if left else "")
@@ -411,16 +423,19 @@ def train(accelerator, model, optimizers, loader, args, state, max_steps) -> Non
     bar.close()
 
 
-def count_bad_rows(state: State, bad_rows: list, args: TrainArgs, total: int) -> None:
-    for index, reason in bad_rows:
+def count_bad_rows(state: State, bad_rows: list[tuple[str, str]], limit: float, read: int) -> None:
+    """Count rows that were left out, each (file and row, reason); stop beyond a share of the rows that can be read."""
+    for place, reason in bad_rows:
         kind = reason.split(":")[0]
         if kind not in state.bad_rows:
-            tqdm.write(f"row {index} is skipped: {reason}", file=sys.stderr)
+            tqdm.write(f"skipped: {place}: {reason}", file=sys.stderr)
         state.bad_rows[kind] += 1
-    if state.bad_rows.total() > args.max_bad_rows * total:
+        state.bad_sources[place.rpartition(", row ")[0]] += 1
+    if state.bad_rows.total() > limit * read:
+        worst = "\n".join(f"  {count} in {name}" for name, count in state.bad_sources.most_common(3))
         raise ValueError(
-            f"{state.bad_rows.total()} bad rows of {total}, more than max_bad_rows={args.max_bad_rows:.2%}:\n"
-            f"{describe_bad_rows(state.bad_rows)}\nMend the data, or raise --max_bad_rows."
+            f"{state.bad_rows.total()} bad rows of {read}, more than max_bad_rows={limit:.2%}:\n"
+            f"{describe_bad_rows(state.bad_rows)}\nmost of them:\n{worst}\nMend the data, or raise --max_bad_rows."
         )
 
 
@@ -448,7 +463,7 @@ def newest_checkpoint(output_dir: str) -> Path | None:
     return max(complete, default=None)
 
 
-def describe(accelerator: Accelerator, model, trainable: dict, args: TrainArgs, rows: int, max_steps: int) -> None:
+def describe(accelerator: Accelerator, model, trainable: dict, args: TrainArgs, rows, max_steps: int) -> None:
     """Print what runs where, and what learns."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -459,7 +474,8 @@ def describe(accelerator: Accelerator, model, trainable: dict, args: TrainArgs, 
         value = os.environ["CUDA_VISIBLE_DEVICES"]
         print(f"warning: CUDA_VISIBLE_DEVICES={value!r} is set and no GPU is visible; unset it to use one.")
     length = f"{args.max_minutes:g} min" if args.max_minutes else f"{max_steps:,} steps"
-    print(f"{rows:,} rows, {args.batch_size} {'packs' if args.packing else 'rows'} per step, {length}")
+    amount = f"{len(rows):,} sources, streamed" if args.streaming else f"{len(rows):,} rows"
+    print(f"{amount}, {args.batch_size} {'packs' if args.packing else 'rows'} per step, {length}")
     print(f"{'part':<12}{'parameters':>14}{'learning':>14}")
     for part in PARTS:
         total = sum(p.numel() for name, p in model.named_parameters() if part_of(name) == part)
@@ -490,6 +506,13 @@ def write_run(args: TrainArgs, accelerator: Accelerator, state: State, metrics: 
     (Path(args.output_dir) / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
+def choose_rows(args: TrainArgs) -> Rows:
+    rows = keep_rows(load_rows(args.data), args.keep or {})
+    rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
+    check_pictures(rows, args.train)
+    return rows
+
+
 def make_plan(rows: Rows, encoder: Encoder, args: TrainArgs, quiet: bool) -> LikeLengths | Packs:
     """What the batches of an epoch are made of."""
     if args.packing:
@@ -503,10 +526,8 @@ def make_plan(rows: Rows, encoder: Encoder, args: TrainArgs, quiet: bool) -> Lik
 def main(argv: list[str] | None = None) -> Path:
     """Train by the options given; return the folder of the finished model."""
     args = parse_args(argv)
-    rows = load_rows(args.data)  # before the model: a wrong path should not cost a download
-    rows = keep_rows(rows, args.keep or {})
-    rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
-    check_pictures(rows, args.train)
+    # Before the model: a wrong path should not cost a download.
+    rows = load_streams(args.data) if args.streaming else choose_rows(args)
     eval_rows = load_rows(args.eval_data) if args.eval_data else None
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -530,25 +551,34 @@ def main(argv: list[str] | None = None) -> Path:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"continuing from {checkpoint}")
     encoder = Encoder(processor, args.max_length)
-    sampler = GlobalBatchSampler(
-        make_plan(rows, encoder, args, quiet=not accelerator.is_main_process),
-        args.micro_batch_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        start_step=state.step,
-    )
-    if args.max_minutes is not None:
+    blank = encoder.blank() if {"vision", "projector"} & set(args.train) else None
+    collate = PackingCollator(blank) if args.packing else PaddingCollator(processor.tokenizer.pad_token_id, blank)
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "start_step": state.step}
+    if args.streaming:
+        order = StreamedBatches(
+            rows,
+            encoder,
+            collate,
+            args.batch_size,
+            args.micro_batch_size,
+            weights=args.weights or None,
+            keep=args.keep,
+            pack_budget=(args.pack_tokens, args.pack_pictures) if args.packing else None,
+            augment=args.augment,
+            seed=args.seed,
+            **share,
+        )
+        loader = DataLoader(order, batch_size=None, num_workers=args.workers)
         max_steps = args.max_steps or sys.maxsize
     else:
-        max_steps = args.max_steps or sampler.steps(args.epochs)
-    dataset = TrainingRows(rows, encoder, seed=args.seed, augment=args.augment, packed=args.packing)
-    blank = encoder.blank() if {"vision", "projector"} & set(args.train) else None
-    pad_token_id = processor.tokenizer.pad_token_id
-    collate = PackingCollator(blank) if args.packing else PaddingCollator(pad_token_id, blank)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers)
+        plan = make_plan(rows, encoder, args, quiet=not accelerator.is_main_process)
+        order = GlobalBatchSampler(plan, args.micro_batch_size, **share)
+        dataset = TrainingRows(rows, encoder, seed=args.seed, augment=args.augment, packed=args.packing)
+        loader = DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=args.workers)
+        max_steps = args.max_steps or (sys.maxsize if args.max_minutes else order.steps(args.epochs))
     if accelerator.is_main_process:
-        describe(accelerator, accelerator.unwrap_model(model), trainable, args, len(rows), max_steps)
-    train(accelerator, model, optimizers, loader, args, state, max_steps)
+        describe(accelerator, accelerator.unwrap_model(model), trainable, args, rows, max_steps)
+    train(accelerator, model, optimizers, loader, order.accumulation, args, state, max_steps)
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(model)
         final = output / "final"

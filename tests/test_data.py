@@ -43,7 +43,11 @@ def row(question="What is it?", answer="a dog", images=1, seed=0) -> dict:
 
 def encode(*rows) -> dict:
     """What TrainingRows makes of rows, the later ones about the first one's picture."""
-    return {**share_prefix([ENCODER(minimind_v(r)) for r in rows], PROCESSOR.image_token_id), "bad_rows": []}
+    return {
+        **share_prefix([ENCODER(minimind_v(r)) for r in rows], PROCESSOR.image_token_id),
+        "bad_rows": [],
+        "epoch": 0,
+    }
 
 
 def write(path, rows) -> str:
@@ -117,7 +121,7 @@ def test_a_bad_row_is_replaced_and_reported(tmp_path):
     rows = [row(seed=0), {**row(), "image_bytes": [b"damaged"]}, {**row(), "conversations": "{"}, row(answer="cat")]
     dataset = TrainingRows(load_rows([write(tmp_path / "a.parquet", rows)]), ENCODER)
     sample = dataset[0, (1,)]
-    assert [index for index, _ in sample["bad_rows"]] == [1, 2]
+    assert [place.rpartition(" ")[2] for place, _ in sample["bad_rows"]] == ["1", "2"]
     assert torch.equal(sample["input_ids"], dataset[0, (3,)]["input_ids"]) and not dataset[0, (0,)]["bad_rows"]
 
 
@@ -153,7 +157,7 @@ def mixed_samples():
 
 
 def loss_of(model, batch, answers):
-    batch = {key: value for key, value in batch.items() if key != "bad_rows"}
+    batch = {key: value for key, value in batch.items() if key not in ("bad_rows", "epoch")}
     with torch.no_grad():
         labels = batch["shift_labels"]
         return model(**batch, labels=labels, use_cache=False, num_items_in_batch=torch.tensor(answers)).loss
@@ -279,6 +283,7 @@ def test_no_row_is_asked_to_predict_the_next_rows_first_token():
         "branch": torch.zeros(3, dtype=torch.long),
         "pixel_values": torch.empty(0),
         "bad_rows": [],
+        "epoch": 0,
     }
     for collator, units in ((PackingCollator(), [[sample], [sample, sample]]), (PaddingCollator(0), [sample] * 3)):
         assert collator(units)["shift_labels"].tolist() == [[6, 7] * 3]
