@@ -103,14 +103,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/demo"), help="Folder for model and contact sheet."
     )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, order and augmentation.")
     args = parser.parse_args(argv)
     half = str(args.minutes / 2)
+    seed = ["--seed", str(args.seed)]
     print("1/3  The vision tower learns to tell things apart.", flush=True)
     data = train_accelerate.parse_args(["--recipe", RECIPE]).data
     tower = ["--recipe", RECIPE, "--data", *data, "--minutes", half, "--learning_rate", "3e-3", "--batch_size", "32"]
-    pretrain_tower.main([*tower, "--output_dir", str(args.output_dir / "tower")])
+    pretrain_tower.main([*tower, *seed, "--output_dir", str(args.output_dir / "tower")])
     print("2/3  The model learns to answer questions about them.", flush=True)
-    options = ["--recipe", RECIPE, "--vision_model", str(args.output_dir / "tower"), "--max_minutes", half]
+    options = ["--recipe", RECIPE, *seed, "--vision_model", str(args.output_dir / "tower"), "--max_minutes", half]
     final = train_accelerate.main([*options, "--output_dir", str(args.output_dir), "--resume", "false"])
     print("3/3  The same things as other artists draw them.", flush=True)
     show(final, args.output_dir)
