@@ -579,8 +579,11 @@ def main(argv: list[str] | None = None) -> Path:
     if accelerator.is_main_process:
         describe(accelerator, accelerator.unwrap_model(model), trainable, args, rows, max_steps)
     train(accelerator, model, optimizers, loader, order.accumulation, args, state, max_steps)
+    # DDP's wrapper must go before the process group does: destroyed as the group's last owner it holds Python's lock
+    # while it waits for Gloo's threads, one of which may wait for that lock.
+    model = accelerator.unwrap_model(model)
+    accelerator.free_memory()
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
         final = output / "final"
         model.save_pretrained(final)
         processor.save_pretrained(final)
