@@ -237,7 +237,7 @@ class Lengths(torch.utils.data.Dataset):
             try:
                 if isinstance(sample, BadRow):
                     raise sample
-                found.append((len(self.encoder.words(sample)[0]), len(sample["images"])))
+                found.append(self.encoder.size(sample))
             except BadRow:
                 found.append((0, 0))
         return found

@@ -10,6 +10,8 @@ import io
 import math
 import random
 import re
+import warnings
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, PngImagePlugin
 from transformers import ProcessorMixin
 
 from processing_minivlm import to_rgb
 from sources_minivlm import BadRow, Rows
 
+MAX_PIXELS = 89_478_485  # Pillow warns above it: a quarter of a gigabyte as RGB
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a picture with a book in its metadata is a picture
 IGNORE = -100  # label of a token that carries no loss
+CUT = "cut at a turn"  # kind of note on a row that was shortened
 SHIELD = "\ufdd0"  # a Unicode noncharacter, never part of text: keeps apart what would become one token
 
 
@@ -32,12 +37,21 @@ SHIELD = "\ufdd0"  # a Unicode noncharacter, never part of text: keeps apart wha
 
 
 def decode_image(data: bytes | Path | Image.Image) -> Image.Image:
-    """Decode one picture, or the file that a path names, to RGB, as a person would see it."""
+    """Decode one picture, or the file that a path names, to RGB, as a person would see it.
+
+    Raises:
+        BadRow: it cannot be decoded, or has more than `MAX_PIXELS`, which is known before any is decoded.
+    """
     try:
         if isinstance(data, Image.Image):
             return to_rgb(data)
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            warnings.simplefilter("ignore")  # of damaged metadata, of palettes: once per picture, of no consequence
+            if math.prod(image.size) > MAX_PIXELS:
+                raise Image.DecompressionBombError("{:,} x {:,} pixels".format(*image.size))
             return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise BadRow(f"picture too large: {error}, more than {MAX_PIXELS:,} pixels. Scale it down") from error
     except Exception as error:  # Pillow raises a dozen classes for a damaged file
         raise BadRow(f"unreadable picture: {type(error).__name__}: {error}") from error
 
@@ -112,15 +126,22 @@ def shield(messages: list[dict], control: re.Pattern) -> list[dict]:
     ]
 
 
+def count_markers(messages: list[dict]) -> int:
+    """Pictures that messages with typed content ask for."""
+    return sum(part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"])
+
+
 class Encoder:
     """Turn `{"images", "messages"}` into token ids, labels and pixel values by the processor's own parts.
 
     Args:
-        max_length: longest row in tokens after image expansion; a longer one is a `BadRow`, never cut.
+        max_length: longest row in tokens after image expansion.
+        too_long: what becomes of a longer row: drop makes it a `BadRow`, cut leaves out its last turns, each whole.
     """
 
-    def __init__(self, processor: ProcessorMixin, max_length: int = 1024):
-        self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
+    def __init__(self, processor: ProcessorMixin, max_length: int = 1024, too_long: str = "drop"):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.max_length, self.too_long = max_length, too_long
         tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, tokens)))
         self.shield_ids = self.tokenizer.encode(SHIELD, add_special_tokens=False)
@@ -158,48 +179,61 @@ class Encoder:
         row = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "pixel_values": pixels}
         return {**share_prefix([row], self.processor.image_token_id), "bad_rows": [], "epoch": 0}
 
-    def words(self, row: dict) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a row, its pictures left undecoded.
+    def words(self, row: dict) -> tuple[list[int], list[int], int]:
+        """Token ids and labels of a row, and how many of its messages they are; its pictures are left undecoded.
 
         Raises:
             BadRow: markers and pictures differ in number, the row is too long, or no token carries loss.
         """
-        markers = sum(
-            part["type"] == "image"
-            for m in row["messages"]
-            if not isinstance(m["content"], str)
-            for part in m["content"]
-        )
-        if markers != len(row["images"]):
-            raise BadRow(f"{markers} picture markers in the text but {len(row['images'])} pictures")
+        messages = row["messages"]
+        if (markers := count_markers(messages)) != len(row["images"]):
+            raise BadRow(f"picture markers and pictures differ in number: {markers} and {len(row['images'])}")
         try:
-            ids, labels = self.tokens(row["messages"])
+            ids, labels = self.tokens(messages)
+            if len(ids) > self.max_length and self.too_long == "cut":
+                # More messages only append tokens, so the lengths of the beginnings that end in an answer ascend.
+                ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
+                fitting = bisect_right(ends, self.max_length, key=lambda end: len(self.tokens(messages[:end])[0]))
+                if fitting:
+                    messages = messages[: ends[fitting - 1]]
+                    ids, labels = self.tokens(messages)
         except TemplateError as error:  # a picture in the assistant's turn, a system turn that is not the first
             raise BadRow(f"refused by the chat template: {error}") from error
         if len(ids) > self.max_length:
-            raise BadRow(f"{len(ids)} tokens, more than max_length={self.max_length}")
+            raise BadRow(f"too long: {len(ids)} tokens, more than max_length={self.max_length}")
         if all(label == IGNORE for label in labels[1:]):
             raise BadRow("no answer tokens: the conversation has no assistant turn with words in it")
-        return ids, labels
+        return ids, labels, len(messages)
+
+    def size(self, row: dict) -> tuple[int, int]:
+        """Tokens and pictures that `__call__` will make of a row; raises `BadRow` as `words` does."""
+        ids, _, kept = self.words(row)
+        return len(ids), len(row["images"]) if kept == len(row["messages"]) else count_markers(row["messages"][:kept])
 
     def __call__(self, row: dict, change=None, pictures: bool = True) -> dict[str, torch.Tensor]:
         """Encode one row; `change` maps each picture to another one, `pictures=False` leaves them undecoded.
 
         Returns:
-            `input_ids` and `labels` (T,), `pixel_values` (N, 3, H, W), N the pictures of the row (0 for text only).
+            `input_ids` and `labels` (T,), `pixel_values` (N, 3, H, W), N the pictures of the row (0 for text only);
+            `notes`, what was done to the row: a line if it was cut.
 
         Raises:
             BadRow: as for `words`, or a picture cannot be read.
         """
-        ids, labels = self.words(row)
-        images = [decode_image(image) for image in row["images"]] if pictures else []
+        ids, labels, kept = self.words(row)
+        notes, images = [], row["images"]
+        if kept < len(row["messages"]):
+            images = images[: count_markers(row["messages"][:kept])]
+            notes = [f"{CUT}: {kept} of {len(row['messages'])} messages fit into max_length={self.max_length}"]
+        images = [decode_image(image) for image in images] if pictures else []
         if change is not None:
             images = [change(image) for image in images]
         if images:
             pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         else:
             pixels = torch.empty(0)
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
+        row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
+        return {**row, "notes": notes}
 
 
 def share_prefix(samples: list[dict], image_token_id: int) -> dict[str, torch.Tensor]:
@@ -236,7 +270,7 @@ class TrainingRows(torch.utils.data.Dataset):
     """Encoded rows by (epoch, indices): of one row, of several about the same picture, or of a pack.
 
     A bad row is left out, and if no row is left the next good one of the data takes their place; `bad_rows` of the
-    sample lists file and row, and reason of each.
+    sample lists file and row, and reason of each, and of each row that was cut.
 
     Args:
         augment: none, mild or strong, see `augment`.
@@ -274,7 +308,9 @@ class TrainingRows(torch.utils.data.Dataset):
         if self.augment != "none":
             change = partial(augment, rng=random.Random(seed), strong=self.augment == "strong")
         try:
-            return [self.encoder(self.rows.adapt(index), change, pictures)]
+            sample = self.encoder(self.rows.adapt(index), change, pictures)
+            bad += [(self.rows.where(index), note) for note in sample["notes"]]
+            return [sample]
         except BadRow as error:
             bad.append((self.rows.where(index), str(error)))
             return []

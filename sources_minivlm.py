@@ -11,7 +11,7 @@ import base64
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
 from io import BytesIO
@@ -30,6 +30,7 @@ PICTURE_COLUMNS = ("images", "image", "file_name")
 CAPTION_COLUMNS = (("text",), ("caption",), ("question", "answer"))
 WORD_COLUMNS = ("json", "txt", "conversations", "texts", "messages", "text", "caption", "question", "answer")
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+LOW_RATING = "below min_rating"  # kind of a row that is left out by choice
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant", "tool")}
 # What Python, json and Pillow raise when a row is not what its columns promise.
 MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError, OSError, Image.DecompressionBombError)
@@ -165,6 +166,30 @@ def typed_part(part: dict) -> dict:
     return {"type": "text", "text": part["text"]}
 
 
+def well_rated(row: dict, least: dict[str, float]) -> dict:
+    """A FineVision row without the turns of which a rating is absent or below the least; without ratings as it is.
+
+    `least` maps each rating, for example `relevance`, to the lowest value of `relevance_ratings`, one per turn, that
+    is good enough (FineVision: Wiedmann et al. 2025, arXiv 2510.17269).
+    """
+    good = good_turns(row, least)
+    if good is None:
+        return row
+    said = turns(row["texts"])
+    if len(good) != len(said):
+        raise BadRow(f"ratings and turns differ in number: {len(good)} and {len(said)}")
+    if not any(good):
+        raise BadRow(f"{LOW_RATING}: none of {len(said)} turns is good enough")
+    return {**row, "texts": [turn for turn, keep in zip(said, good) if keep]}
+
+
+def good_turns(row: dict, least: dict[str, float]) -> list[bool] | None:
+    """Whether each turn is rated highly enough; None for a row without these ratings."""
+    columns = [(row[f"{name}_ratings"], limit) for name, limit in least.items() if f"{name}_ratings" in row]
+    each = [[value is not None and value >= limit for value in values or []] for values, limit in columns]
+    return [all(turn) for turn in zip(*each)] if each else None
+
+
 def pictures_first(messages: list[dict], images: list) -> dict:
     """A sample whose pictures stand before the words of the first user turn."""
     for i, turn in enumerate(messages):
@@ -269,11 +294,11 @@ def from_shard(row: dict) -> dict:
     return said
 
 
-def to_sample(row: dict, adapter: Callable[[dict], dict] | None, root: Path) -> dict:
-    """What an adapter, None: the one that knows these columns, makes of a row; or `BadRow`."""
+def to_sample(row: dict, adapter: Callable[[dict], dict] | None, root: Path, least: dict[str, float]) -> dict:
+    """What an adapter, None: the one that knows these columns, makes of a row's `well_rated` turns; or `BadRow`."""
     adapter = adapter or find_adapter(row)
     try:
-        sample = adapter(row)
+        sample = adapter(well_rated(row, least))
         return {**sample, "images": [locate(image, root) for image in sample["images"]]}
     except BadRow:
         raise
@@ -290,6 +315,7 @@ class Part:
     root: Path
     adapter: Callable[[dict], dict] | None = None  # None: by each row's columns
     unpack: Callable[[dict], dict] | None = None  # None: the table's columns are the row's
+    least: dict[str, float] = field(default_factory=dict)  # see `well_rated`
 
     def __post_init__(self):
         # Arrow's own values: the library's format would decode pictures, and raise for a broken one.
@@ -325,7 +351,7 @@ class Part:
                 yield error
 
     def sample(self, row: dict) -> dict:
-        return to_sample(row, self.adapter, self.root)
+        return to_sample(row, self.adapter, self.root, self.least)
 
     def column(self, name: str) -> list:
         if name not in self.columns:
@@ -430,6 +456,29 @@ def keep_rows(rows: Rows, keep: dict[str, list]) -> Rows:
 # --------------------------------------------------------------------------------------------------- sources
 
 
+def keep_rated(rows: Rows, least: dict[str, float]) -> Rows:
+    """Keep the `well_rated` turns of each row, and the rows that have any; files without ratings are kept whole.
+
+    Raises:
+        ValueError: no file has such a rating, or no row is left.
+    """
+    found = {name.removesuffix("_ratings") for part in rows.parts for name in part.columns if "_ratings" in name}
+    for name in least.keys() - found:
+        known = f"Ratings are {', '.join(sorted(found))}." if found else "No column ends in _ratings."
+        raise ValueError(f"min_rating: the data has no rating {name!r}. {known}")
+    good = []
+    for part in rows.parts:
+        part.least = least
+        names = [name for name in part.columns if name.removesuffix("_ratings") in least]
+        ratings = zip(*map(part.column, names)) if names else [()] * len(part.table)  # pictures stay unread
+        # A row whose ratings cannot be had stays, to be counted as a bad one when it is drawn.
+        good += [good_turns(dict(zip(names, values)), least) for values in ratings]
+    kept = [i for i, index in enumerate(rows.indices) if good[index] is None or any(good[index])]
+    if not kept:
+        raise ValueError(f"min_rating: no turn of {len(rows)} rows is rated so highly. Ask for less.")
+    return rows.select(kept)
+
+
 def load_rows(sources: list[str]) -> Rows:
     """Load files, folders, globs and Hub data sets, in the order given.
 
@@ -464,13 +513,14 @@ class Stream:
     root: Path
     adapter: Callable[[dict], dict] | None = None  # None: by each row's columns
     unpack: Callable[[dict], dict] | None = None  # None: a row is as it is read
+    least: dict[str, float] = field(default_factory=dict)  # see `well_rated`
 
     def sample(self, row: dict) -> dict:
         """As `Rows.adapt`."""
-        return to_sample(row if self.unpack is None else self.unpack(row), self.adapter, self.root)
+        return to_sample(row if self.unpack is None else self.unpack(row), self.adapter, self.root, self.least)
 
 
-def load_streams(sources: list[str]) -> list[Stream]:
+def load_streams(sources: list[str], least: dict[str, float] | None = None) -> list[Stream]:
     """The sources of `load_rows`, a file each, without reading more of them than their first row.
 
     Raises:
@@ -486,6 +536,7 @@ def load_streams(sources: list[str]) -> list[Stream]:
             unpack = UNPACKERS[file.suffix]
             streams.append(Stream(str(file), partial(STREAMERS[file.suffix], file), file.parent, adapter, unpack))
     for stream in streams:
+        stream.least = least or {}
         row = next(stream.read(), {})
         if row and stream.adapter is None and stream.unpack is None:
             try:

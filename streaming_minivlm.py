@@ -28,6 +28,7 @@ class Item:
     place: str  # file and row number, from 0
     sample: dict
     tokens: int
+    pictures: int
     bad_rows: list = field(default_factory=list)  # place and reason of bad rows met since the item before
 
 
@@ -97,7 +98,7 @@ class StreamedBatches(IterableDataset):
     def packs(self) -> Iterator[list[Item]]:
         """Packs of one epoch after another; none holds rows of two."""
         for _, items in groupby(self.items(), key=lambda item: item.epoch):
-            yield from pack(((item, item.tokens, len(item.sample["images"])) for item in items), *self.pack_budget)
+            yield from pack(((item, item.tokens, item.pictures) for item in items), *self.pack_budget)
 
     def like_lengths(self) -> Iterator[list[list[Item]]]:
         items = self.items()
@@ -110,21 +111,20 @@ class StreamedBatches(IterableDataset):
 
     def items(self) -> Iterator[Item]:
         """The good rows of one epoch after another; every item brings the bad rows before it."""
-        epoch = 0
+        epoch, bad = 0, []  # bad rows behind the last good one are brought by the first of the next epoch
         while True:
-            bad, good = [], 0
+            good = 0
             for stream, index, row in self.shuffled(epoch):
                 place = f"{stream.name}, row {index}"
                 try:
                     sample = stream.sample(row)
-                    tokens = len(self.encoder.words(sample)[0])
-                    pictures = len(sample["images"])
+                    tokens, pictures = self.encoder.size(sample)
                     if self.pack_budget and pictures > self.pack_budget[1]:
                         raise BadRow(f"{pictures} pictures, more than pack_pictures={self.pack_budget[1]}")
                 except BadRow as error:
                     bad.append((place, str(error)))
                     continue
-                yield Item(epoch, place, sample, tokens, bad)
+                yield Item(epoch, place, sample, tokens, pictures, bad)
                 bad, good = [], good + 1
             if not good:
                 names = ", ".join(stream.name for stream in self.streams)
@@ -166,7 +166,9 @@ class StreamedBatches(IterableDataset):
                 rng = random.Random(f"{self.seed}/{item.epoch}/{item.place}")
                 change = partial(augment, rng=rng, strong=self.augment == "strong")
             try:
-                sample = share_prefix([self.encoder(item.sample, change)], self.encoder.processor.image_token_id)
+                sample = self.encoder(item.sample, change)
+                bad += [(item.place, note) for note in sample["notes"]]
+                sample = share_prefix([sample], self.encoder.processor.image_token_id)
             except BadRow as error:
                 bad.append((item.place, str(error)))
                 sample = self.blank

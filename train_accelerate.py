@@ -39,13 +39,14 @@ from batching_minivlm import (
     rows_by_picture,
 )
 from configuration_minivlm import MiniVLMConfig
-from data_minivlm import IGNORE, Encoder, TrainingRows, describe_bad_rows
+from data_minivlm import CUT, IGNORE, Encoder, TrainingRows, describe_bad_rows
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from processing_minivlm import MiniVLMProcessor
 from scripts.evaluate import evaluate, load_trained, print_table, register_config
-from sources_minivlm import ADAPTERS, BadRow, Rows, keep_rows, load_rows, load_streams
+from sources_minivlm import ADAPTERS, LOW_RATING, BadRow, Rows, keep_rated, keep_rows, load_rows, load_streams
 from streaming_minivlm import StreamedBatches
 
+BY_CHOICE = (CUT, LOW_RATING)  # kinds of rows that are counted, but are no fault of the data
 PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "text": ""}  # text: the rest
 
 
@@ -71,6 +72,9 @@ class TrainArgs:
     tokenizer: str = option(".", "Folder or Hub id of tokenizer and chat template for a model from scratch.")
     data: list[str] = option(["data/train.parquet"], DATA_HELP)
     keep: str | None = option(None, "Rows to train on: a mapping from column to values in a recipe, or JSON.")
+    min_rating: list[str] = option(
+        [], "FineVision: lowest rating of a turn, as relevance=3; rows left empty are left out."
+    )
     max_rows: int | None = option(None, "Train on the first so many rows only.")
     eval_data: list[str] = option([], "Data to answer after training, named as for data; exact match is reported.")
     eval_limit: int = option(2000, "Rows of eval_data to answer.")
@@ -81,7 +85,8 @@ class TrainArgs:
     max_minutes: float | None = option(None, "Stop after so many minutes; the learning rate decays over them.")
     batch_size: int = option(64, "Rows (groups with share_pictures, packs with packing) per step, over all ranks.")
     micro_batch_size: int = option(64, "Rows, groups or packs that one rank puts through the model at once.")
-    max_length: int = option(1024, "Longest row in tokens, pictures included. A longer row counts as a bad one.")
+    max_length: int = option(1024, "Longest row in tokens, pictures included.")
+    too_long: str = option("drop", "A longer row: drop counts it as a bad one, cut leaves out its last turns.")
     share_pictures: int = option(1, "Most rows about the same picture that share its tokens, blind to each other.")
     streaming: bool = option(False, "Read the data in order instead of holding it; needs max_steps or max_minutes.")
     weights: list[float] = option([], "With streaming, how often each source is drawn, relative to the others.")
@@ -126,6 +131,10 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
     for name in ("model_config", "keep"):
         if isinstance(value := getattr(args, name), str):
             setattr(args, name, yaml.safe_load(value))
+    try:
+        args.min_rating = {name: float(value) for name, value in (text.split("=") for text in args.min_rating)}
+    except ValueError:
+        parser.error(f"--min_rating {' '.join(args.min_rating)}: write a name and a number, as relevance=3.")
     for part in args.train:
         if part not in PARTS:
             parser.error(f"--train {part}: no such part. Parts are {', '.join(PARTS)}.")
@@ -136,7 +145,11 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
             parser.error("--streaming does not go with --share_pictures or --max_rows. Leave them out.")
     if args.weights and not (args.streaming and min(args.weights) > 0):
         parser.error(f"--weights {args.weights}: positive numbers, one per source, and with --streaming only.")
-    for name, known in (("optimizer", ("adamw", "muon")), ("augment", ("none", "mild", "strong"))):
+    for name, known in (
+        ("optimizer", ("adamw", "muon")),
+        ("augment", ("none", "mild", "strong")),
+        ("too_long", ("drop", "cut")),
+    ):
         if getattr(args, name) not in known:
             parser.error(f"--{name} {getattr(args, name)}: not known. Use {', '.join(known[:-1])} or {known[-1]}.")
     if args.packing and args.share_pictures > 1:
@@ -428,13 +441,14 @@ def count_bad_rows(state: State, bad_rows: list[tuple[str, str]], limit: float, 
     for place, reason in bad_rows:
         kind = reason.split(":")[0]
         if kind not in state.bad_rows:
-            tqdm.write(f"skipped: {place}: {reason}", file=sys.stderr)
+            tqdm.write(f"{'' if kind in BY_CHOICE else 'skipped: '}{place}: {reason}", file=sys.stderr)
         state.bad_rows[kind] += 1
-        state.bad_sources[place.rpartition(", row ")[0]] += 1
-    if state.bad_rows.total() > limit * read:
+        if kind not in BY_CHOICE:
+            state.bad_sources[place.rpartition(", row ")[0]] += 1
+    if state.bad_sources.total() > limit * read:
         worst = "\n".join(f"  {count} in {name}" for name, count in state.bad_sources.most_common(3))
         raise ValueError(
-            f"{state.bad_rows.total()} bad rows of {read}, more than max_bad_rows={limit:.2%}:\n"
+            f"{state.bad_sources.total()} bad rows of {read}, more than max_bad_rows={limit:.2%}:\n"
             f"{describe_bad_rows(state.bad_rows)}\nmost of them:\n{worst}\nMend the data, or raise --max_bad_rows."
         )
 
@@ -508,6 +522,9 @@ def write_run(args: TrainArgs, accelerator: Accelerator, state: State, metrics: 
 
 def choose_rows(args: TrainArgs) -> Rows:
     rows = keep_rows(load_rows(args.data), args.keep or {})
+    if args.min_rating:
+        count, rows = len(rows), keep_rated(rows, args.min_rating)
+        PartialState().print(f"{count - len(rows):,} of {count:,} rows left out: no turn is rated as min_rating asks.")
     rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
     check_pictures(rows, args.train)
     return rows
@@ -527,7 +544,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Train by the options given; return the folder of the finished model."""
     args = parse_args(argv)
     # Before the model: a wrong path should not cost a download.
-    rows = load_streams(args.data) if args.streaming else choose_rows(args)
+    rows = load_streams(args.data, args.min_rating) if args.streaming else choose_rows(args)
     eval_rows = load_rows(args.eval_data) if args.eval_data else None
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -550,7 +567,7 @@ def main(argv: list[str] | None = None) -> Path:
     if checkpoint:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"continuing from {checkpoint}")
-    encoder = Encoder(processor, args.max_length)
+    encoder = Encoder(processor, args.max_length, args.too_long)
     blank = encoder.blank() if {"vision", "projector"} & set(args.train) else None
     collate = PackingCollator(blank) if args.packing else PaddingCollator(processor.tokenizer.pad_token_id, blank)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "start_step": state.step}
@@ -596,7 +613,7 @@ def main(argv: list[str] | None = None) -> Path:
         write_run(args, accelerator, state, metrics)
         print(f"{state.step} steps in {state.seconds / 60:.1f} min; model in {final}")
         if state.bad_rows:
-            print(f"skipped rows:\n{describe_bad_rows(state.bad_rows)}")
+            print(f"rows left out or cut:\n{describe_bad_rows(state.bad_rows)}")
     accelerator.end_training()
     return output / "final"
 

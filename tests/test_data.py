@@ -99,14 +99,14 @@ def test_minimind_placeholder_picture_is_text_only():
     Image.new("RGB", (8, 8)).save(buffer := io.BytesIO(), "PNG")
     sample = minimind_v({**row(images=0), "image_bytes": buffer.getvalue()})
     assert sample["images"] == [] and len(ENCODER(sample)["pixel_values"]) == 0
-    with pytest.raises(BadRow, match="0 picture markers in the text but 1 pictures"):
+    with pytest.raises(BadRow, match="picture markers and pictures differ in number: 0 and 1"):
         ENCODER(minimind_v({**row(images=0), "image_bytes": png()}))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_bytes": [png()] * 2}, "1 picture markers in the text but 2 pictures"),
+        ({"image_bytes": [png()] * 2}, "picture markers and pictures differ in number: 1 and 2"),
         ({"image_bytes": [png()[:60]]}, "unreadable picture"),
         ({"image_bytes": [b""]}, "unreadable picture"),
         ({"conversations": json.dumps([{"role": "user", "content": "<image>hi"}])}, "no answer tokens"),
@@ -116,6 +116,36 @@ def test_minimind_placeholder_picture_is_text_only():
 def test_a_bad_row_says_what_is_wrong(change, message):
     with pytest.raises(BadRow, match=message):
         ENCODER(minimind_v({**row(), **change}))
+
+
+def conversation(*answers) -> list[dict]:
+    """A picture before each question."""
+    messages = []
+    for answer in answers:
+        asked = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+        said = [{"type": "text", "text": answer}]
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return messages
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(TEXT, min_size=1, max_size=5), st.integers(10, 150))
+def test_a_long_row_is_cut_to_the_most_turns_that_fit(answers, limit):
+    sample = {"images": [png(seed) for seed in range(len(answers))], "messages": conversation(*answers)}
+    lengths = [len(ENCODER.tokens(sample["messages"][: 2 * i])[0]) for i in range(1, len(answers) + 1)]
+    kept = sum(length <= limit for length in lengths)
+    cutting = Encoder(PROCESSOR, limit, too_long="cut")
+    if not kept:
+        with pytest.raises(BadRow, match=f"too long: {lengths[-1]} tokens, more than max_length={limit}"):
+            cutting(sample)
+        return
+    got, short = cutting(sample), {"images": sample["images"][:kept], "messages": sample["messages"][: 2 * kept]}
+    for key, value in ENCODER(short).items():
+        assert torch.equal(got[key], value) if key != "notes" else bool(got[key]) == (kept < len(answers))
+    assert cutting.size(sample) == (lengths[kept - 1], kept)
+    if kept < len(answers):
+        with pytest.raises(BadRow, match="too long"):
+            Encoder(PROCESSOR, limit)(sample)
 
 
 def test_a_bad_row_is_replaced_and_reported(tmp_path):
