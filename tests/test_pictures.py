@@ -1,0 +1,141 @@
+"""Pictures: whatever file a data set holds is decoded to the right shape or counted, and none stops the trainer."""
+
+import io
+import random
+import struct
+import zlib
+from collections import Counter
+
+import pytest
+from PIL import Image, PngImagePlugin
+from test_data import ENCODER, PROCESSOR
+
+from data_minivlm import MAX_PIXELS, BadRow, decode_image
+
+FORMATS = {"PNG": "RGBA", "JPEG": "RGB", "WEBP": "RGB", "GIF": "P", "BMP": "RGB", "TIFF": "L"}
+MESSAGES = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
+]
+
+
+def saved(image, kind, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(rng, size) -> Image.Image:
+    return Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1]))
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few hundred bytes that claims so many pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100_000))) + chunk(b"IEND", b"")
+
+
+def fuzzed(rng) -> bytes:
+    """A picture file with something wrong with it; sometimes nothing that a decoder minds."""
+    kind = rng.choice(list(FORMATS))
+    data = bytearray(saved(noise(rng, (rng.randint(1, 40), rng.randint(1, 40))).convert(FORMATS[kind]), kind))
+    fault = rng.choice(["truncated", "flipped", "scrambled", "empty", "bomb", "foreign", "joined"])
+    if fault == "truncated":
+        data = data[: rng.randrange(len(data))]
+    elif fault == "flipped":
+        for _ in range(rng.randint(1, 20)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif fault == "scrambled":
+        start = rng.randrange(len(data))
+        data[start : start + 50] = rng.randbytes(50)
+    elif fault == "empty":
+        data = bytearray(rng.randrange(3))
+    elif fault == "bomb":
+        data = bytearray(bomb(rng.randint(1, 1 << 31), rng.randint(1 << 12, 1 << 31)))
+    elif fault == "foreign":
+        data = bytearray(rng.choice([b"<svg/>", b"GIF89a", b"%PDF-1.7", b"\x89PNG\r\n\x1a\n"]) + rng.randbytes(30))
+    else:
+        data = data + data
+    return bytes(data)
+
+
+def resident() -> int:
+    """Memory of this process in bytes, of which the system says so."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+
+
+def fuzz(count: int) -> Counter:
+    rng, outcomes = random.Random(0), Counter()
+    for _ in range(count):
+        try:
+            sample = ENCODER({"images": [fuzzed(rng)], "messages": MESSAGES})
+        except BadRow as error:
+            outcomes[str(error).split(":")[0]] += 1
+            continue
+        assert sample["pixel_values"].shape == (1, 3, 32, 32) and sample["pixel_values"].isfinite().all()
+        assert sample["input_ids"].tolist().count(PROCESSOR.image_token_id) == 4
+        outcomes["decoded"] += 1
+    return outcomes
+
+
+def test_a_fuzzed_file_is_decoded_or_counted():
+    outcomes = fuzz(500)
+    assert set(outcomes) == {"decoded", "unreadable picture", "picture too large"} and outcomes.total() == 500
+    assert min(outcomes.values()) > 10
+
+
+@pytest.mark.slow
+def test_ten_thousand_fuzzed_files_leak_no_memory():
+    fuzz(1000)  # what Pillow's plug-ins and the allocator keep is there after this
+    before = resident()
+    outcomes = fuzz(10_000)
+    grown = (resident() - before) / 2**20
+    print(dict(outcomes), f"{grown:.1f} MiB more")
+    assert outcomes.total() == 10_000 and grown < 50
+
+
+@pytest.mark.parametrize("size", [(30_000, 30_000), (9_460, 9_460), (1 << 30, 1 << 30)])
+def test_a_bomb_is_refused_before_it_is_decoded(size):
+    with pytest.raises(BadRow, match="picture too large: .* more than 89,478,485"):
+        decode_image(bomb(*size))
+
+
+def test_the_largest_picture_is_read():
+    side = int(MAX_PIXELS**0.5)
+    assert decode_image(saved(Image.new("1", (side, side)), "PNG")).size == (side, side)
+
+
+def test_a_picture_with_a_book_in_its_metadata_is_read():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("story", "once upon a time " * 300_000, zip=True)
+    assert decode_image(saved(Image.new("RGB", (3, 2), "red"), "PNG", pnginfo=info)).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    image = Image.new("RGB", (4, 2), "white")
+    image = Image.new(mode, (4, 2), 65535) if mode == "I;16" else image.convert("L").convert(mode) if mode in (
+        "LA", "I", "F") else image.convert(mode)  # fmt: skip
+    got = decode_image(image)
+    assert got.mode == "RGB" and got.size == (4, 2) and min(got.getpixel((0, 0))) >= 250
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+        red, _, blue = decode_image(data).getpixel((0, 0))
+        assert red > 200 and blue < 50
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (4, 2), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the picture is at the right
+    assert decode_image(saved(image, "PNG", exif=exif)).getpixel((1, 0)) == (255, 255, 255)
