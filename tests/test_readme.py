@@ -20,6 +20,7 @@ SHORTER = {
     "python -m scripts.pretrain_tower": ["--minutes", "0.05", "--batch_size", "4"],
     "accelerate launch": ["--max_steps", "1", "--max_rows", "64", "--batch_size", "2", "--eval_limit", "4"],
     "python train_accelerate.py --model": [],
+    "python -m scripts.preview": ["--rows", "20"],
 }
 
 
