@@ -131,6 +131,37 @@ def count_markers(messages: list[dict]) -> int:
     return sum(part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"])
 
 
+class Pixels:
+    """Pictures to pixel values as the image processor makes them, to the bit, in a fraction of its time.
+
+    Most processors resize, then map each of 256 values per channel to a float: that map is a table, which a ramp of
+    grey tells. Whether there is no more to it is tried on one picture; if there is, the processor itself is used.
+    """
+
+    def __init__(self, image_processor):
+        self.process = partial(image_processor, return_tensors="pt")
+        *_, height, width = self.process([Image.new("RGB", (8, 8))])["pixel_values"].shape
+        self.size, self.resample = (width, height), getattr(image_processor, "resample", None)
+        ramp = Image.fromarray(np.arange(width * height).reshape(height, width).astype(np.uint8)).convert("RGB")
+        levels = self.process([ramp])["pixel_values"][0].flatten(1)  # (3, H * W); the first 256 are those of 0 to 255
+        self.table = levels[:, :256].numpy() if levels.shape[1] >= 256 else None
+        noise = np.random.default_rng(0).integers(0, 256, (height // 2 + 3, 2 * width + 1, 3), dtype=np.uint8)
+        trial = [Image.fromarray(noise), ramp]
+        if self.table is not None and not torch.equal(self(trial), self.process(trial)["pixel_values"]):
+            self.table = None
+
+    def __call__(self, images: list[Image.Image]) -> torch.Tensor:
+        """Pixel values (N, 3, H, W) of RGB pictures."""
+        if self.table is None:
+            return self.process(images)["pixel_values"]
+        values = np.empty((len(images), 3, self.size[1], self.size[0]), dtype=np.float32)
+        for image, out in zip(images, values):
+            levels = np.asarray(image.resize(self.size, self.resample))  # (H, W, 3)
+            for channel in range(3):
+                np.take(self.table[channel], levels[..., channel], out=out[channel], mode="clip")
+        return torch.from_numpy(values)
+
+
 class Encoder:
     """Turn `{"images", "messages"}` into token ids, labels and pixel values by the processor's own parts.
 
@@ -142,6 +173,7 @@ class Encoder:
     def __init__(self, processor: ProcessorMixin, max_length: int = 1024, too_long: str = "drop"):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.max_length, self.too_long = max_length, too_long
+        self.pixels = Pixels(processor.image_processor)
         tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, tokens)))
         self.shield_ids = self.tokenizer.encode(SHIELD, add_special_tokens=False)
@@ -175,7 +207,7 @@ class Encoder:
     def blank(self) -> dict:
         """A row for the collators: one black picture, and no word that carries loss."""
         ids = torch.full((self.processor.image_seq_length,), self.processor.image_token_id)
-        pixels = self.processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"]
+        pixels = self.pixels([Image.new("RGB", (8, 8))])
         row = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "pixel_values": pixels}
         return {**share_prefix([row], self.processor.image_token_id), "bad_rows": [], "epoch": 0}
 
@@ -229,7 +261,7 @@ class Encoder:
         if change is not None:
             images = [change(image) for image in images]
         if images:
-            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            pixels = self.pixels(images)
         else:
             pixels = torch.empty(0)
         row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import make_model, make_processor
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from batching_minivlm import (
     GlobalBatchSampler,
@@ -20,7 +21,7 @@ from batching_minivlm import (
     PaddingCollator,
     rows_by_picture,
 )
-from data_minivlm import IGNORE, BadRow, Encoder, TrainingRows, augment, share_prefix
+from data_minivlm import IGNORE, BadRow, Encoder, Pixels, TrainingRows, augment, decode_image, share_prefix
 from sources_minivlm import keep_rows, load_rows, minimind_v
 
 PROCESSOR = make_processor()
@@ -87,6 +88,23 @@ def test_encoding_equals_the_processor_that_users_call():
     theirs = PROCESSOR(text=text, images=pictures, return_tensors="pt")
     assert ours["input_ids"].tolist() == theirs["input_ids"][0].tolist()
     assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "by_table"),
+    [
+        (CLIPImageProcessorPil, {"size": {"height": 32, "width": 48}, "do_center_crop": False}, True),
+        (SiglipImageProcessorPil, {"size": {"height": 16, "width": 16}}, True),
+        (CLIPImageProcessorPil, {"size": {"shortest_edge": 40}, "crop_size": 32}, False),
+        (SiglipImageProcessorPil, {"size": {"height": 8, "width": 8}}, False),
+    ],
+)
+def test_pixels_are_the_processors_to_the_bit(make, options, by_table):
+    processor = make(**options)
+    pixels = Pixels(processor)
+    assert (pixels.table is not None) == by_table
+    images = [decode_image(png(seed, size)) for seed, size in enumerate([(32, 32), (100, 7), (3, 300), (48, 32)])]
+    assert torch.equal(pixels(images), processor(images, return_tensors="pt")["pixel_values"])
 
 
 def test_json_list_and_single_picture_forms_are_the_same_row():

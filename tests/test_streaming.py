@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from itertools import islice
 
 import pytest
 from test_data import ENCODER, row, write
+from test_pictures import noise, resident, saved
 from test_sources import each_schema, make_cauldron, make_llava, make_trl, make_webdataset, run
 from test_training import TINY, losses
 from tiny import ROOT
@@ -122,6 +124,22 @@ def test_options_that_exclude_streaming_are_refused(capsys, options, message):
     with pytest.raises(SystemExit):
         train_accelerate.parse_args(options)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_three_epochs(tmp_path):
+    rng = random.Random(0)
+    rows = [{**row(f"{i}?", "answer"), "image_bytes": saved(noise(rng, (96, 96)), "PNG")} for i in range(4000)]
+    source, rows = write(tmp_path / "a.parquet", rows), None
+    order = StreamedBatches(load_streams([source]), ENCODER, PaddingCollator(0), 16, 16)
+    held = []
+    for batch in order:
+        if batch["epoch"] > len(held):
+            held.append(resident() / 2**20)
+        if batch["epoch"] == 3:
+            break
+    print("MiB after each epoch:", *map(round, held))
+    assert held[2] - held[0] < 30
 
 
 def test_a_stream_that_cannot_be_read_is_refused_before_the_model_is_built(tmp_path):
