@@ -174,6 +174,7 @@ class Encoder:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.max_length, self.too_long = max_length, too_long
         self.pixels = Pixels(processor.image_processor)
+        self.features = None  # a `FeatureCache`: its features then stand where pixel values would
         tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, tokens)))
         self.shield_ids = self.tokenizer.encode(SHIELD, add_special_tokens=False)
@@ -207,7 +208,7 @@ class Encoder:
     def blank(self) -> dict:
         """A row for the collators: one black picture, and no word that carries loss."""
         ids = torch.full((self.processor.image_seq_length,), self.processor.image_token_id)
-        pixels = self.pixels([Image.new("RGB", (8, 8))])
+        pixels = self.pixels([Image.new("RGB", (8, 8))]) if self.features is None else self.features.blank()
         row = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "pixel_values": pixels}
         return {**share_prefix([row], self.processor.image_token_id), "bad_rows": [], "epoch": 0}
 
@@ -257,6 +258,10 @@ class Encoder:
         if kept < len(row["messages"]):
             images = images[: count_markers(row["messages"][:kept])]
             notes = [f"{CUT}: {kept} of {len(row['messages'])} messages fit into max_length={self.max_length}"]
+        if self.features is not None and pictures and images:
+            pixels = self.features(images)
+            row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
+            return {**row, "notes": notes}
         images = [decode_image(image) for image in images] if pictures else []
         if change is not None:
             images = [change(image) for image in images]

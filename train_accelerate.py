@@ -40,6 +40,7 @@ from batching_minivlm import (
 )
 from configuration_minivlm import MiniVLMConfig
 from data_minivlm import CUT, IGNORE, Encoder, TrainingRows, describe_bad_rows
+from features_minivlm import CachedTower, FeatureCache
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from processing_minivlm import MiniVLMProcessor
 from scripts.evaluate import evaluate, load_trained, print_table, register_config
@@ -94,6 +95,7 @@ class TrainArgs:
     pack_tokens: int = option(4096, "Most tokens in a pack.")
     pack_pictures: int = option(64, "Most pictures in a pack.")
     augment: str = option("none", "mild: shift, scale, tilt, tint pictures. strong: also new colours. Or none.")
+    feature_cache: str | None = option(None, "Folder to keep a frozen tower's features in, computed once per picture.")
     optimizer: str = option("adamw", "adamw, or muon (matrices of blocks by Muon, everything else by AdamW).")
     learning_rate: float = option(1e-3, "Learning rate after warm-up; it decays linearly to zero.")
     warmup: float = option(0.03, "Share of the run over which the learning rate rises.")
@@ -152,6 +154,11 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
     ):
         if getattr(args, name) not in known:
             parser.error(f"--{name} {getattr(args, name)}: not known. Use {', '.join(known[:-1])} or {known[-1]}.")
+    if args.feature_cache and ("vision" in args.train or args.augment != "none" or args.streaming):
+        parser.error(
+            "--feature_cache keeps what a frozen tower makes of pictures that never change, of data that is held. "
+            "Use it with --train projector text, --augment none and without --streaming."
+        )
     if args.packing and args.share_pictures > 1:
         parser.error("--packing and --share_pictures exclude each other. Choose one.")
     if args.packing and args.pack_tokens < args.max_length:
@@ -560,6 +567,14 @@ def main(argv: list[str] | None = None) -> Path:
     if args.compile:
         compile_blocks(model, accelerator.device)
     optimizers = build_optimizers(model, args)
+    encoder = Encoder(processor, args.max_length, args.too_long)
+    tower = model.model.vision_tower
+    if args.feature_cache:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        cache = FeatureCache(args.feature_cache, model, encoder, dtype)
+        tower.to(accelerator.device)
+        cache.fill(rows, encoder, accelerator)
+        encoder.features, model.model.vision_tower = cache, CachedTower(dtype)
     state = State()
     accelerator.register_for_checkpointing(state)
     model, *optimizers = accelerator.prepare(model, *optimizers)
@@ -567,7 +582,6 @@ def main(argv: list[str] | None = None) -> Path:
     if checkpoint:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"continuing from {checkpoint}")
-    encoder = Encoder(processor, args.max_length, args.too_long)
     blank = encoder.blank() if {"vision", "projector"} & set(args.train) else None
     collate = PackingCollator(blank) if args.packing else PaddingCollator(processor.tokenizer.pad_token_id, blank)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "start_step": state.step}
@@ -600,6 +614,7 @@ def main(argv: list[str] | None = None) -> Path:
     # while it waits for Gloo's threads, one of which may wait for that lock.
     model = accelerator.unwrap_model(model)
     accelerator.free_memory()
+    model.model.vision_tower = tower  # in the place of what gave back cached features
     if accelerator.is_main_process:
         final = output / "final"
         model.save_pretrained(final)

@@ -7,6 +7,7 @@ Both sides read the same rows, use the same tokenizer and image processor, and t
 """
 
 import argparse
+import importlib
 import random
 import statistics
 import sys
@@ -67,10 +68,8 @@ def packed(source: str, encoder: Encoder) -> Callable[[int], int]:
 def minimind_v(folder: str, source: str, encoder: Encoder, batch_size: int) -> Callable[[int], int]:
     """Their side: `VLMDataset` of a checkout, with the length, padding and batches of its own trainer's defaults."""
     sys.path.insert(0, folder)
-    from dataset.lm_dataset import VLMDataset
-
-    processor = encoder.processor
-    dataset = VLMDataset(
+    processor, module = encoder.processor, importlib.import_module("dataset.lm_dataset")
+    dataset = module.VLMDataset(
         source, processor.tokenizer, processor.image_processor, image_token_len=processor.image_seq_length
     )
 
