@@ -8,6 +8,8 @@ The order is a function of (seed, epoch, step) alone, whatever the number of ran
 import random
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import accumulate
 
 import torch
 from PIL import Image
@@ -48,6 +50,34 @@ def beginning(sample: dict) -> int | None:
     return hash((*images, repr(shared)))
 
 
+def shuffled(count: int, rng: random.Random) -> list[int]:
+    """Each of `count` units once, in the order of an epoch."""
+    order = list(range(count))
+    rng.shuffle(order)
+    return order
+
+
+def by_weight(sources: list[int], weights: list[float], rng: random.Random) -> list[int]:
+    """As many units as there are, each source's share that of its weight: drawn anew each epoch, or repeated.
+
+    Args:
+        sources: number of the source of each unit.
+        weights: one per source, relative to one another.
+    """
+    members: list[list[int]] = [[] for _ in weights]
+    for unit, source in enumerate(sources):
+        members[source].append(unit)
+    if not all(members):
+        raise ValueError(f"weights: source {members.index([]) + 1} of --data has no rows left. Name it no more.")
+    ends = [round(len(sources) * end / sum(weights)) for end in accumulate(weights)]
+    order = []
+    for units, start, end in zip(members, [0, *ends], ends):
+        repeats, rest = divmod(end - start, len(units))
+        order += units * repeats + rng.sample(units, rest)
+    rng.shuffle(order)
+    return order
+
+
 class LikeLengths:
     """Plan of an epoch: shuffled by (seed, epoch) and cut into batches of units of like length: less padding.
 
@@ -57,26 +87,26 @@ class LikeLengths:
         units: what is drawn as one, each the indices of its rows.
         lengths: a number per unit that grows with its tokens.
         batch_size: units of one optimizer step, over all ranks and micro-batches.
+        draw: the units of an epoch in their order, by a random number generator; by default each once.
     """
 
     WINDOW = 32  # batches that are sorted by length together
 
-    def __init__(self, units: list[tuple[int, ...]], lengths: list[int], batch_size: int, seed: int = 0):
+    def __init__(self, units: list[tuple[int, ...]], lengths: list[int], batch_size: int, seed: int = 0, draw=None):
         if len(units) < batch_size:
             raise ValueError(
                 f"The data has {len(units)} rows (or groups of rows), fewer than batch_size={batch_size}. "
                 "Lower --batch_size."
             )
         self.units, self.lengths, self.batch_size, self.seed = units, lengths, batch_size, seed
+        self.draw = draw or partial(shuffled, len(units))
 
     def steps(self, epoch: int) -> int:
         return len(self.units) // self.batch_size
 
     def batches(self, epoch: int) -> list[list[tuple[int, ...]]]:
         rng = random.Random(f"{self.seed}/{epoch}")
-        order = list(range(len(self.units)))
-        rng.shuffle(order)
-        order = order[: self.steps(epoch) * self.batch_size]
+        order = self.draw(rng)[: self.steps(epoch) * self.batch_size]
         window, batches = self.WINDOW * self.batch_size, []
         for start in range(0, len(order), window):
             chunk = sorted(order[start : start + window], key=lambda i: self.lengths[i])
@@ -96,9 +126,11 @@ class Packs:
         batch_size: packs of one optimizer step, over all ranks and micro-batches.
         max_tokens: most tokens in a pack.
         max_pictures: most pictures in a pack.
+        draw: as for `LikeLengths`, of rows.
     """
 
-    def __init__(self, tokens, pictures, batch_size: int, max_tokens: int, max_pictures: int, seed: int = 0):
+    def __init__(self, tokens, pictures, batch_size: int, max_tokens: int, max_pictures: int, seed=0, draw=None):
+        self.draw = draw or partial(shuffled, len(tokens))
         self.tokens, self.pictures, self.batch_size = tokens, pictures, batch_size
         self.max_tokens, self.max_pictures, self.seed = max_tokens, max_pictures, seed
         self.counts: dict[int, int] = {}
@@ -116,8 +148,7 @@ class Packs:
 
     def packs(self, epoch: int) -> list[tuple[int, ...]]:
         if self.planned[0] != epoch:
-            order = list(range(len(self.tokens)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            order = self.draw(random.Random(f"{self.seed}/{epoch}"))
             rows = ((index, self.tokens[index], self.pictures[index]) for index in order)
             self.planned = epoch, [tuple(keys) for keys in pack(rows, self.max_tokens, self.max_pictures)]
         return self.planned[1]

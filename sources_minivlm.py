@@ -316,6 +316,7 @@ class Part:
     adapter: Callable[[dict], dict] | None = None  # None: by each row's columns
     unpack: Callable[[dict], dict] | None = None  # None: the table's columns are the row's
     least: dict[str, float] = field(default_factory=dict)  # see `well_rated`
+    source: int = 0  # number of the source that the file belongs to
 
     def __post_init__(self):
         # Arrow's own values: the library's format would decode pictures, and raise for a broken one.
@@ -415,6 +416,10 @@ class Rows(Sequence):
         """Bytes of text per row: what rows of like length are found by."""
         return self._gather([part.sizes() for part in self.parts])
 
+    def source(self, index: int) -> int:
+        """Number of the source that a row is from, from 0, in the order in which they were named."""
+        return self._find(index)[0].source
+
     def where(self, index: int) -> str:
         """File and row number, from 0, for a message."""
         part, index = self._find(index)
@@ -490,15 +495,15 @@ def load_rows(sources: list[str]) -> Rows:
         ValueError: a file cannot be read or has the columns of no known schema, or there are no rows at all.
     """
     parts = []
-    for name, adapter in named_sources(sources):
+    for source, (name, adapter) in enumerate(named_sources(sources)):
         if name.startswith("hub:"):
             # Files that the library downloaded are named by their full path, which must lie in its own cache.
-            parts.append(Part(name, load_hub(name), Path(HF_HUB_CACHE), adapter))
+            parts.append(Part(name, load_hub(name), Path(HF_HUB_CACHE), adapter, source=source))
             continue
         for file in find_files(name):
             table, unpack = READERS[file.suffix](file)
             if len(table):
-                parts.append(Part(str(file), table, file.parent, adapter, unpack))
+                parts.append(Part(str(file), table, file.parent, adapter, unpack, source=source))
     if not parts:
         raise ValueError(f"{', '.join(sources)}: no rows. Training needs at least one.")
     return Rows(parts)
@@ -514,6 +519,7 @@ class Stream:
     adapter: Callable[[dict], dict] | None = None  # None: by each row's columns
     unpack: Callable[[dict], dict] | None = None  # None: a row is as it is read
     least: dict[str, float] = field(default_factory=dict)  # see `well_rated`
+    source: int = 0  # number of the source that the file belongs to
 
     def sample(self, row: dict) -> dict:
         """As `Rows.adapt`."""
@@ -528,13 +534,14 @@ def load_streams(sources: list[str], least: dict[str, float] | None = None) -> l
         ValueError: a file cannot be read or has the columns of no known schema.
     """
     streams = []
-    for name, adapter in named_sources(sources):
+    for source, (name, adapter) in enumerate(named_sources(sources)):
         if name.startswith("hub:"):
-            streams.append(Stream(name, partial(stream_hub, name), Path(HF_HUB_CACHE), adapter))
+            streams.append(Stream(name, partial(stream_hub, name), Path(HF_HUB_CACHE), adapter, source=source))
             continue
         for file in find_files(name):
             unpack = UNPACKERS[file.suffix]
-            streams.append(Stream(str(file), partial(STREAMERS[file.suffix], file), file.parent, adapter, unpack))
+            read = partial(STREAMERS[file.suffix], file)
+            streams.append(Stream(str(file), read, file.parent, adapter, unpack, source=source))
     for stream in streams:
         stream.least = least or {}
         row = next(stream.read(), {})

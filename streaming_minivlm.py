@@ -8,6 +8,7 @@ them; pictures are decoded only by the worker whose batch they are in. The batch
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +40,8 @@ class StreamedBatches(IterableDataset):
         collate: `PaddingCollator` or, with `max_tokens`, `PackingCollator`.
         batch_size: rows or packs of one optimizer step, over all ranks and micro-batches.
         micro_batch_size: rows or packs that one rank puts through the model at once.
-        weights: how often a source is drawn from relative to the others, until it is at its end; equal if None.
+        weights: how often a source is drawn from relative to the others, until it is at its end; equal if None. The
+            files of a source share its weight.
         keep: columns and the values of which a row must hold one.
         pack_budget: most tokens and most pictures of a pack; None pads rows of like length instead.
         start_step: optimizer steps already taken: they are planned again, but no picture of them is decoded.
@@ -68,7 +70,9 @@ class StreamedBatches(IterableDataset):
         if batch_size % world_size:
             raise ValueError(f"batch_size={batch_size} does not divide by {world_size} ranks. Use a multiple.")
         self.streams, self.encoder, self.collate, self.batch_size = streams, encoder, collate, batch_size
-        self.weights, self.keep, self.pack_budget = weights or [1.0] * len(streams), keep or {}, pack_budget
+        self.keep, self.pack_budget = keep or {}, pack_budget
+        files = Counter(stream.source for stream in streams)
+        self.weights = [weights[s.source] / files[s.source] if weights else 1.0 for s in streams]
         self.augment, self.seed, self.rank, self.world_size = augment, seed, rank, world_size
         self.start_step = start_step
         self.accumulation = -(-batch_size // (world_size * micro_batch_size))

@@ -16,6 +16,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from batching_minivlm import (
     PackingCollator,
     Packs,
     PaddingCollator,
+    by_weight,
     measure,
     rows_by_picture,
 )
@@ -90,7 +92,7 @@ class TrainArgs:
     too_long: str = option("drop", "A longer row: drop counts it as a bad one, cut leaves out its last turns.")
     share_pictures: int = option(1, "Most rows about the same picture that share its tokens, blind to each other.")
     streaming: bool = option(False, "Read the data in order instead of holding it; needs max_steps or max_minutes.")
-    weights: list[float] = option([], "With streaming, how often each source is drawn, relative to the others.")
+    weights: list[float] = option([], "How often each source is drawn, relative to others; streamed, until its end.")
     packing: bool = option(False, "Fill packs with rows instead of padding them; batch sizes then count packs.")
     pack_tokens: int = option(4096, "Most tokens in a pack.")
     pack_pictures: int = option(64, "Most pictures in a pack.")
@@ -145,8 +147,8 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
             parser.error("--streaming: the data has no known length. Give --max_steps or --max_minutes.")
         if args.share_pictures > 1 or args.max_rows:
             parser.error("--streaming does not go with --share_pictures or --max_rows. Leave them out.")
-    if args.weights and not (args.streaming and min(args.weights) > 0):
-        parser.error(f"--weights {args.weights}: positive numbers, one per source, and with --streaming only.")
+    if args.weights and (min(args.weights) <= 0 or len(args.weights) != len(args.data)):
+        parser.error(f"--weights {args.weights}: give a positive number for each of {len(args.data)} --data sources.")
     for name, known in (
         ("optimizer", ("adamw", "muon")),
         ("augment", ("none", "mild", "strong")),
@@ -539,12 +541,17 @@ def choose_rows(args: TrainArgs) -> Rows:
 
 def make_plan(rows: Rows, encoder: Encoder, args: TrainArgs, quiet: bool) -> LikeLengths | Packs:
     """What the batches of an epoch are made of."""
+
+    def draw(units: list[tuple[int, ...]]):
+        return partial(by_weight, [rows.source(unit[0]) for unit in units], args.weights) if args.weights else None
+
     if args.packing:
         tokens, pictures = measure(rows, encoder, args.workers, quiet)
-        return Packs(tokens, pictures, args.batch_size, args.pack_tokens, args.pack_pictures, args.seed)
+        each = draw([(i,) for i in range(len(rows))])
+        return Packs(tokens, pictures, args.batch_size, args.pack_tokens, args.pack_pictures, args.seed, each)
     sizes = rows.sizes()
     units = rows_by_picture(rows, args.share_pictures) if args.share_pictures > 1 else [(i,) for i in range(len(rows))]
-    return LikeLengths(units, [sum(sizes[i] for i in unit) for unit in units], args.batch_size, args.seed)
+    return LikeLengths(units, [sum(sizes[i] for i in unit) for unit in units], args.batch_size, args.seed, draw(units))
 
 
 def main(argv: list[str] | None = None) -> Path:

@@ -1,6 +1,7 @@
 """Packs: full, within both budgets, each row once, the same for every number of ranks, and trained on as rows are."""
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_training import TINY, fresh_accelerator, losses  # noqa: F401 (a fixtu
 from tiny import make_model
 
 import train_accelerate
-from batching_minivlm import GlobalBatchSampler, PackingCollator, Packs, measure, pack
+from batching_minivlm import GlobalBatchSampler, PackingCollator, Packs, by_weight, measure, pack
 from data_minivlm import TrainingRows
 from scripts.packing_efficiency import lengths
 from sources_minivlm import load_rows
@@ -139,3 +140,33 @@ def test_training_on_packs_counts_bad_rows_and_resumes_exactly(mixed, tmp_path):
     (tmp_path / "log.jsonl").unlink()
     train_accelerate.main([*options, "--workers", "0"])
     assert losses(tmp_path) == whole[4:]
+
+
+@pytest.mark.parametrize(("weights", "counts"), [([1, 1], [50, 50]), ([3, 1], [75, 25]), ([1, 99], [1, 99])])
+def test_weights_are_the_shares_of_the_sources(weights, counts):
+    """Ten rows of one source and ninety of another, repeated or sampled as evenly as can be, others each epoch."""
+    sources = [0] * 10 + [1] * 90
+    orders = [by_weight(sources, weights, random.Random(seed)) for seed in range(2)]
+    assert orders[0] != orders[1] and orders[0] == by_weight(sources, weights, random.Random(0))
+    for order in orders:
+        drawn = Counter(order)
+        assert [sum(drawn[i] for i in range(100) if sources[i] == s) for s in (0, 1)] == counts
+        for source, count in enumerate(counts):
+            times = [drawn[i] for i in range(100) if sources[i] == source]
+            assert max(times) - min(times) <= 1 and sum(times) == count
+    with pytest.raises(ValueError, match="source 3 of --data has no rows left"):
+        by_weight(sources, [1, 1, 1], random.Random(0))
+
+
+def test_weights_reach_the_batches_of_training(tmp_path):
+    (tmp_path / "many").mkdir()
+    few = write(tmp_path / "few.parquet", [row("few")] * 4)
+    write(tmp_path / "many" / "a.parquet", [row("many")] * 20)
+    write(tmp_path / "many" / "b.parquet", [row("many")] * 16)
+    for packing in ("true", "false"):
+        options = ["--data", few, str(tmp_path / "many"), "--weights", "1", "1", "--batch_size", "1"]
+        args = train_accelerate.parse_args([*options, "--packing", packing, "--pack_tokens", "1024", "--workers", "0"])
+        rows = train_accelerate.choose_rows(args)
+        plan = train_accelerate.make_plan(rows, ENCODER, args, quiet=True)
+        drawn = Counter(rows.source(index) for batch in plan.batches(0) for unit in batch for index in unit)
+        assert drawn == {0: 20, 1: 20}

@@ -531,7 +531,7 @@ def test_what_is_left_out_or_cut_by_choice_is_counted_and_no_fault(streaming, tm
     rows = [rated_row(1)] * 3 + [rated_row(5, 5, 5)] * 5
     options = ["--min_rating", "relevance=3", "--max_length", "40", "--too_long", "cut", "--max_bad_rows", "0"]
     source = write(tmp_path / "a.parquet", rows)
-    run(tmp_path / "run", "--data", source, *options, "--train", "text", "--streaming", streaming, "--max_steps", "4")
+    run(tmp_path / "run", "--data", source, *options, "--train", "text", "--streaming", streaming, "--max_steps", "8")
     bad = json.loads((tmp_path / "run" / "run.json").read_text())["bad_rows"]
     if streaming == "true":  # map-style they are left out at the start
         assert bad.pop("below min_rating") >= 3

@@ -116,8 +116,11 @@ def test_keep_chooses_rows_of_a_stream_and_none_left_is_an_error(tmp_path):
     [
         (["--streaming", "true"], "Give --max_steps or --max_minutes"),
         ([*STREAMING, "--share_pictures", "2"], "does not go with --share_pictures"),
-        (["--weights", "1", "2"], "with --streaming only"),
-        ([*STREAMING, "--weights", "1", "0"], "positive numbers, one per source"),
+        (["--weights", "1", "2"], "give a positive number for each of 1 --data sources"),
+        (
+            [*STREAMING, "--data", "a", "b", "--weights", "1", "0"],
+            "give a positive number for each of 2 --data sources",
+        ),
     ],
 )
 def test_options_that_exclude_streaming_are_refused(capsys, options, message):
@@ -172,9 +175,10 @@ def test_two_ranks_train_on_a_mix_of_schemas_with_text_alone(mode, tmp_path):
     """Without hanging where one rank's rows have no picture, and with the losses of one process."""
     data = [make(tmp_path)[0] for make in (make_llava, make_cauldron, make_trl, make_webdataset)]
     options = [*TINY, "--data", *data, *mode, "--batch_size", "2", "--micro_batch_size", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += [str(ROOT / "train_accelerate.py"), *options, "--output_dir", str(tmp_path / "two")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     run(tmp_path / "one", *options)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)

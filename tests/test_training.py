@@ -243,7 +243,7 @@ def test_ranks_and_micro_batches_give_the_losses_of_one_process(data, tmp_path):
     options = ("--max_steps", "3", "--batch_size", "8")
     run(data, tmp_path / "one", *options)
     run(data, tmp_path / "accumulated", *options, "--micro_batch_size", "3")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += [
         str(ROOT / "train_accelerate.py"),
         *TINY,
