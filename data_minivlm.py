@@ -247,7 +247,8 @@ class Encoder:
         """Encode one row; `change` maps each picture to another one, `pictures=False` leaves them undecoded.
 
         Returns:
-            `input_ids` and `labels` (T,), `pixel_values` (N, 3, H, W), N the pictures of the row (0 for text only);
+            `input_ids` and `labels` (T,), `pixel_values` (N, 3, H, W), N the pictures of the row (0 for text only), or
+            with `features` theirs, (N, 1, P, V);
             `notes`, what was done to the row: a line if it was cut.
 
         Raises:
@@ -258,17 +259,13 @@ class Encoder:
         if kept < len(row["messages"]):
             images = images[: count_markers(row["messages"][:kept])]
             notes = [f"{CUT}: {kept} of {len(row['messages'])} messages fit into max_length={self.max_length}"]
-        if self.features is not None and pictures and images:
-            pixels = self.features(images)
-            row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
-            return {**row, "notes": notes}
-        images = [decode_image(image) for image in images] if pictures else []
-        if change is not None:
-            images = [change(image) for image in images]
-        if images:
-            pixels = self.pixels(images)
-        else:
+        if not (pictures and images):
             pixels = torch.empty(0)
+        elif self.features is not None:
+            pixels = self.features(images)
+        else:
+            decoded = [decode_image(image) for image in images]
+            pixels = self.pixels(decoded if change is None else [change(image) for image in decoded])
         row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
         return {**row, "notes": notes}
 

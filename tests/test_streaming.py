@@ -95,6 +95,13 @@ def test_every_row_comes_once_an_epoch_and_every_bad_one_is_reported_once(source
     assert bad == [f"{sources[0]}, row 6"]  # the damaged picture is met when it is decoded
 
 
+def test_bad_rows_behind_the_last_good_one_are_reported_too(tmp_path):
+    rows = [row(f"{i}?", "answer") for i in range(3)] + [{**row("q", "a"), "conversations": "{"}] * 3
+    streams = load_streams([write(tmp_path / "a.parquet", rows)])
+    items = list(islice(StreamedBatches(streams, ENCODER, list, 1, 1).items(), 30))  # ten epochs
+    assert 27 <= sum(len(item.bad_rows) for item in items) <= 30  # those at the end of the tenth come later
+
+
 def test_weights_say_how_often_a_source_is_drawn(tmp_path):
     paths = [write(tmp_path / f"{name}.parquet", [row(seed=i) for i in range(200)]) for name in "ab"]
     stream = StreamedBatches(load_streams(paths), ENCODER, list, 4, 4, weights=[3.0, 1.0])
