@@ -297,6 +297,7 @@ def _finish(batch: dict, labels: torch.Tensor, samples: list[dict]) -> dict:
     pixels = [sample["pixel_values"] for sample in samples if len(sample["pixel_values"])]
     if pixels:
         batch["pixel_values"] = torch.cat(pixels)
+    batch["rows"] = [row for sample in samples for row in sample["rows"]]
     batch["bad_rows"] = [bad for sample in samples for bad in sample["bad_rows"]]
     batch["epoch"] = max(sample["epoch"] for sample in samples)
     return batch

@@ -210,7 +210,7 @@ class Encoder:
         ids = torch.full((self.processor.image_seq_length,), self.processor.image_token_id)
         pixels = self.pixels([Image.new("RGB", (8, 8))]) if self.features is None else self.features.blank()
         row = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "pixel_values": pixels}
-        return {**share_prefix([row], self.processor.image_token_id), "bad_rows": [], "epoch": 0}
+        return {**share_prefix([row], self.processor.image_token_id), "rows": [], "bad_rows": [], "epoch": 0}
 
     def words(self, row: dict) -> tuple[list[int], list[int], int]:
         """Token ids and labels of a row, and how many of its messages they are; its pictures are left undecoded.
@@ -303,8 +303,8 @@ def share_prefix(samples: list[dict], image_token_id: int) -> dict[str, torch.Te
 class TrainingRows(torch.utils.data.Dataset):
     """Encoded rows by (epoch, indices): of one row, of several about the same picture, or of a pack.
 
-    A bad row is left out, and if no row is left the next good one of the data takes their place; `bad_rows` of the
-    sample lists file and row, and reason of each, and of each row that was cut.
+    A bad row is left out, and if no row is left the next good one of the data takes their place; `rows` of
+    the sample names file and row of each, `bad_rows` also the reason, and each row that was cut.
 
     Args:
         augment: none, mild or strong, see `augment`.
@@ -332,10 +332,12 @@ class TrainingRows(torch.utils.data.Dataset):
                 raise ValueError(f"{len(bad)} bad rows in a row, from {bad[0][0]} ({bad[0][1]}) to {bad[-1][0]}.")
             samples += self._encode(index, f"{self.seed}/{epoch}/{index}", bad)
         if self.packed:
-            samples = [share_prefix([s], image_token_id) | {"bad_rows": [], "epoch": epoch} for s in samples]
-            samples[0]["bad_rows"] = bad
-            return samples
-        return {**share_prefix(samples, image_token_id), "bad_rows": bad, "epoch": epoch}
+            none = {"rows": [], "bad_rows": [], "epoch": epoch}
+            packed = [share_prefix([s], image_token_id) | none for s in samples]
+            packed[0] |= {"rows": [s["place"] for s in samples], "bad_rows": bad}
+            return packed
+        rows = [s["place"] for s in samples]
+        return {**share_prefix(samples, image_token_id), "rows": rows, "bad_rows": bad, "epoch": epoch}
 
     def _encode(self, index: int, seed: str, bad: list, pictures: bool = True) -> list[dict]:
         change = None
@@ -344,7 +346,7 @@ class TrainingRows(torch.utils.data.Dataset):
         try:
             sample = self.encoder(self.rows.adapt(index), change, pictures)
             bad += [(self.rows.where(index), note) for note in sample["notes"]]
-            return [sample]
+            return [{**sample, "place": self.rows.where(index)}]
         except BadRow as error:
             bad.append((self.rows.where(index), str(error)))
             return []

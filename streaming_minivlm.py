@@ -165,7 +165,7 @@ class StreamedBatches(IterableDataset):
         """A unit as its collator wants it; a row whose picture cannot be read leaves a blank one in its place."""
         samples = []
         for item in unit:
-            change, bad = None, list(item.bad_rows)
+            change, rows, bad = None, [item.place], list(item.bad_rows)
             if self.augment != "none":
                 rng = random.Random(f"{self.seed}/{item.epoch}/{item.place}")
                 change = partial(augment, rng=rng, strong=self.augment == "strong")
@@ -175,6 +175,6 @@ class StreamedBatches(IterableDataset):
                 sample = share_prefix([sample], self.encoder.processor.image_token_id)
             except BadRow as error:
                 bad.append((item.place, str(error)))
-                sample = self.blank
-            samples.append({**sample, "bad_rows": bad, "epoch": item.epoch})
+                sample, rows = self.blank, []
+            samples.append({**sample, "rows": rows, "bad_rows": bad, "epoch": item.epoch})
         return samples[0] if self.pack_budget is None else samples

@@ -7,14 +7,13 @@ terminal and in runs/demo/contact_sheet.png.
 
 import argparse
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
+import options_minivlm
 import train_accelerate
-from data_minivlm import decode_image
+from reporting_minivlm import contact_sheet
 from scripts import pretrain_tower
 from scripts.evaluate import answer, evaluate, load_trained, normalise, print_table, prompts
 from sources_minivlm import keep_rows, load_rows
@@ -33,44 +32,13 @@ def pick(rows, shown: dict[str, int]):
     return rows.select(sorted(chosen, key=lambda i: list(shown).index(rows[i]["task"])))
 
 
-def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """A font with Chinese characters if the system has one; else Pillow's own, which draws boxes for them."""
-    for name in ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc", "DroidSansFallbackFull.ttf"):
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
-
-
-def contact_sheet(
-    items: list[dict], outputs: list[str], columns: int = 4, cell: tuple[int, int] = (260, 236)
-) -> Image.Image:
-    """Pictures with question, truth and answer below each; a right answer in green, a wrong one in red."""
-    rows = -(-len(items) // columns)
-    sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
-    draw, small = ImageDraw.Draw(sheet), font(13)
-    for i, (item, output) in enumerate(zip(items, outputs)):
-        x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
-        sheet.paste(decode_image(item["images"][0]), (x, y))
-        right = normalise(output) == normalise(item["answer"])
-        lines = textwrap.wrap(item["question"], 36)[:3] + [f"truth: {item['answer']}"]
-        draw.multiline_text((x, y + 134), "\n".join(lines), fill="black", font=small, spacing=2)
-        draw.text(
-            (x, y + 134 + 17 * len(lines)), f"model: {output}", fill="#0a7d20" if right else "#c01818", font=small
-        )
-    return sheet
-
-
 def show(model_path: Path, output_dir: Path) -> None:
     """Print and draw answers for pictures of the held-out style, then the scores on all its rows of them."""
     model, processor = load_trained(model_path)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = keep_rows(load_rows([TEST_DATA]), train_accelerate.parse_args(["--recipe", RECIPE]).keep)
+    rows = keep_rows(load_rows([TEST_DATA]), options_minivlm.parse_args(["--recipe", RECIPE]).keep)
     sample = pick(rows, SHOWN)
     items = prompts(sample, processor)
-    for item in items:
-        item["question"] = item["text"].split("<|image_pad|>\n")[-1].split("<|im_end|>")[0]
     outputs = answer(model, processor, items)
     print("\nPictures of a style that it never saw:\n")
     for item, output in zip(items, outputs):
@@ -108,12 +76,12 @@ def main(argv: list[str] | None = None) -> None:
     half = str(args.minutes / 2)
     seed = ["--seed", str(args.seed)]
     print("1/3  The vision tower learns to tell things apart.", flush=True)
-    data = train_accelerate.parse_args(["--recipe", RECIPE]).data
+    data = options_minivlm.parse_args(["--recipe", RECIPE]).data
     tower = ["--recipe", RECIPE, "--data", *data, "--minutes", half, "--learning_rate", "3e-3", "--batch_size", "32"]
     pretrain_tower.main([*tower, *seed, "--output_dir", str(args.output_dir / "tower")])
     print("2/3  The model learns to answer questions about them.", flush=True)
     options = ["--recipe", RECIPE, *seed, "--vision_model", str(args.output_dir / "tower"), "--max_minutes", half]
-    final = train_accelerate.main([*options, "--output_dir", str(args.output_dir), "--resume", "false"])
+    final = train_accelerate.main([*options, "--output_dir", str(args.output_dir), "--resume", "never"])
     print("3/3  The same things as other artists draw them.", flush=True)
     show(final, args.output_dir)
 

@@ -74,6 +74,8 @@ def prompts(rows: Rows, processor: ProcessorMixin) -> list[dict]:
             raise ValueError(f"{rows.where(index)}: the answer {words!r} is none of its options {options}. Add it.")
         prepared.append(
             {
+                "row": index,
+                "question": "".join(part.get("text", "") for part in question[-1]["content"]).strip(),
                 "text": processor.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True),
                 "images": sample["images"],
                 "answer": words,
@@ -128,22 +130,25 @@ def rank(model: PreTrainedModel, processor: ProcessorMixin, items: list[dict]) -
 
 
 def evaluate(model, processor, rows: Rows, limit: int | None = None, batch_size: int = 64) -> dict:
-    """Exact match of the first `limit` rows, and how often the likeliest of a row's options is the right one.
+    """Loss and exact match of the first `limit` rows, and how often the likeliest of a row's options is the right one.
 
     Returns:
-        `{"overall": cell, "tasks": {task: {language: cell}}, "ranked": likewise, "answers": [...]}`; a cell holds
-        `match` (share), `hits`, `count`, `low` and `high`. `overall` is of exact matches and leaves captions out.
-        `answers` holds each row's index and texts.
+        what `summarise` does.
     """
-    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    return summarise(judge(model, processor, rows.select(range(min(limit or len(rows), len(rows)))), batch_size))
+
+
+def judge(model, processor, rows: Rows, batch_size: int = 64, quiet: bool = False) -> list[dict]:
+    """One result per row: `row`, `task`, `language`, `question`, `answer`, `output`, `right`; `nll`, the negative
+    log-likelihood of the reference, and its `tokens`; with options also `ranked`, the likeliest of them."""
     was_training = model.training
     model.eval()
     items = prompts(rows, processor)
     by_length = sorted(range(len(items)), key=lambda i: (items[i]["task"] in GENERATIVE, len(items[i]["text"])))
 
-    def batched(method, chosen: list[int], size: int, doing: str) -> dict[int, str]:
+    def batched(method, chosen: list[int], size: int, doing: str) -> dict[int, object]:
         results = {}
-        for start in tqdm(range(0, len(chosen), size), desc=doing, unit="batch", disable=not chosen):
+        for start in tqdm(range(0, len(chosen), size), desc=doing, unit="batch", disable=quiet or not chosen):
             batch = chosen[start : start + size]
             try:
                 results |= zip(batch, method(model, processor, [items[i] for i in batch]))
@@ -154,28 +159,57 @@ def evaluate(model, processor, rows: Rows, limit: int | None = None, batch_size:
         return results
 
     outputs = batched(answer, by_length, batch_size, "answering")
+    losses = batched(answer_loss, by_length, batch_size, "reading answers")
     ranked = batched(rank, [i for i in by_length if items[i]["options"]], max(1, batch_size // 4), "ranking options")
     model.train(was_training)
-    answers = []
+    results = []
     for i, item in enumerate(items):
-        answers.append({"row": i, "answer": item["answer"], "output": outputs[i]})
-        if i in ranked:
-            answers[i]["ranked"] = ranked[i]
-    compared = [normalise(outputs[i]) == normalise(item["answer"]) for i, item in enumerate(items)]
-    overall = [match for match, item in zip(compared, items) if item["task"] not in GENERATIVE]
+        result = {key: item[key] for key in ("row", "task", "language", "question", "answer")}
+        result |= {"output": outputs[i], "right": normalise(outputs[i]) == normalise(item["answer"])}
+        result |= {"nll": losses[i][0], "tokens": losses[i][1]}
+        results.append(result | ({"ranked": ranked[i]} if i in ranked else {}))
+    return results
+
+
+def answer_loss(model: PreTrainedModel, processor: ProcessorMixin, items: list[dict]) -> list[tuple[float, int]]:
+    """Negative log-likelihood (nats) and number of tokens of each item's reference answer, its end included."""
+    # A reference that spells the image token means no picture; the model could not write it, either.
+    answers = [item["answer"].replace(processor.image_token, "") for item in items]
+    scores = option_scores(model, processor, [item | {"options": [a]} for item, a in zip(items, answers)])
+    end = processor.tokenizer.eos_token
+    return [(-s[0], len(processor.tokenizer(a + end)["input_ids"])) for s, a in zip(scores, answers)]
+
+
+def summarise(results: list[dict]) -> dict:
+    """Figures of all results, whichever process judged them.
+
+    Returns:
+        `{"scores": {"loss", "match", "ranked"}, "overall": cell, "tasks": {task: {language: cell}}, "ranked":
+        likewise, "answers": [...]}`. A cell holds `match` (share), `hits`, `count`, `low` and `high`. `loss` is per
+        answer token, in nats; `match` and `overall` are of exact matches and leave captions out; `ranked` is the share
+        of options that are ranked right. `answers` holds each row's texts.
+    """
+    ranked = [result | {"right": result["ranked"] == result["answer"]} for result in results if "ranked" in result]
+    overall = cell([result["right"] for result in results if result["task"] not in GENERATIVE])
+    scores = {"loss": round(sum(r["nll"] for r in results) / max(1, sum(r["tokens"] for r in results)), 4)}
+    scores["match"] = overall["match"]
+    if ranked:
+        scores["ranked"] = cell([result["right"] for result in ranked])["match"]
+    kept = ("row", "answer", "output", "ranked")
     return {
-        "overall": cell(overall),
-        "tasks": by_task(items, dict(enumerate(compared))),
-        "ranked": by_task(items, {i: option == items[i]["answer"] for i, option in ranked.items()}),
-        "answers": answers,
+        "scores": scores,
+        "overall": overall,
+        "tasks": by_task(results),
+        "ranked": by_task(ranked),
+        "answers": [{key: result[key] for key in kept if key in result} for result in results],
     }
 
 
-def by_task(items: list[dict], right: dict[int, bool]) -> dict[str, dict[str, dict]]:
-    """`{task: {language: cell}}` of the items that `right` judges."""
+def by_task(results: list[dict]) -> dict[str, dict[str, dict]]:
+    """`{task: {language: cell}}` of the results."""
     groups = defaultdict(lambda: defaultdict(list))
-    for i, match in sorted(right.items(), key=lambda entry: (items[entry[0]]["task"], items[entry[0]]["language"])):
-        groups[items[i]["task"]][items[i]["language"]].append(match)
+    for result in sorted(results, key=lambda r: (r["task"], r["language"])):
+        groups[result["task"]][result["language"]].append(result["right"])
     return {task: {language: cell(r) for language, r in languages.items()} for task, languages in groups.items()}
 
 
@@ -197,6 +231,7 @@ def print_table(metrics: dict) -> None:
         for language, c in languages.items():
             print_cell(task, language, c)
     print_cell("overall", "", metrics["overall"])
+    print(f"loss per answer token: {metrics['scores']['loss']:.4f}")
     if metrics["ranked"]:
         print(f"\n{'task':<12}{'language':<10}{'likeliest':>12}{'95 % interval':>18}{'rows':>8}")
     for task, languages in metrics["ranked"].items():

@@ -18,18 +18,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from backbones_minivlm import build_processor, model_from_scratch
 from data_minivlm import augment, decode_image
 from modeling_minivlm import build_vision_tower
+from optimization_minivlm import build_optimizers, schedule
+from options_minivlm import parse_args
 from sources_minivlm import BadRow, Rows, keep_rows, load_rows
-from train_accelerate import (
-    build_optimizers,
-    build_processor,
-    compile_blocks,
-    model_from_scratch,
-    parse_args,
-    schedule,
-    supports_bf16,
-)
+from train_accelerate import compile_blocks, supports_bf16
 
 
 class Pictures(Dataset):

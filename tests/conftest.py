@@ -6,7 +6,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test th
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from PIL import Image  # noqa: E402
+from test_data import row, write  # noqa: E402
 from tiny import make_config, make_model, make_processor  # noqa: E402
 
 torch.set_num_threads(1)  # a model this small only waits for further threads
@@ -36,6 +38,22 @@ def picture():
         return Image.fromarray(noise.numpy()).resize(size)
 
     return draw
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """A process trains once; here several runs with different precision share one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """24 rows about 8 pictures, in both languages, as a file of MiniMind-V's columns."""
+    answers = ["dog", "cat", "a red bus", "家", "yes", "no"]
+    rows = [row(question=f"What is {i}?", answer=answers[i % 6], seed=i // 3) for i in range(24)]
+    for i, r in enumerate(rows):
+        r |= {"task": "name", "language": "en" if i % 2 else "zh"}
+    return write(tmp_path / "rows.parquet", rows)
 
 
 not_run = []

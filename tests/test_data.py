@@ -46,6 +46,7 @@ def encode(*rows) -> dict:
     """What TrainingRows makes of rows, the later ones about the first one's picture."""
     return {
         **share_prefix([ENCODER(minimind_v(r)) for r in rows], PROCESSOR.image_token_id),
+        "rows": [],
         "bad_rows": [],
         "epoch": 0,
     }
@@ -331,6 +332,7 @@ def test_no_row_is_asked_to_predict_the_next_rows_first_token():
         "position_ids": torch.arange(3),
         "branch": torch.zeros(3, dtype=torch.long),
         "pixel_values": torch.empty(0),
+        "rows": [],
         "bad_rows": [],
         "epoch": 0,
     }

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import ENCODER, loss_of, row, write
-from test_training import TINY, fresh_accelerator, losses  # noqa: F401 (a fixture)
+from test_training import TINY, losses
 from tiny import make_model
 
 import train_accelerate

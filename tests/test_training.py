@@ -7,17 +7,20 @@ import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from test_data import row, write
 from tiny import ROOT, TEXT, VISION, make_model, make_pixels, make_processor, make_prompt
 from transformers import AutoConfig, AutoModel
 
 import train_accelerate
+from backbones_minivlm import build, model_from_scratch
+from checkpoints_minivlm import newest_checkpoint
 from data_minivlm import decode_image
+from modeling_minivlm import MiniVLMForConditionalGeneration
+from optimization_minivlm import build_optimizers, check_gradients, freeze, schedule
+from options_minivlm import parse_args, recipe_names
 from scripts import demo
 from scripts.evaluate import evaluate, load_trained, normalise, option_scores, prompts, wilson
-from train_accelerate import build, build_optimizers, check_gradients, freeze, parse_args, progress, schedule
 
 CONFIG = json.dumps({"vision_config": VISION, "text_config": TEXT | {"vocab_size": 6400}, "vision_feature_layer": -1})
 TINY = [
@@ -32,21 +35,6 @@ TINY = [
     "--log_every",
     "1",
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A process trains once; here several runs with different precision share one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def data(tmp_path):
-    answers = ["dog", "cat", "a red bus", "家", "yes", "no"]
-    rows = [row(question=f"What is {i}?", answer=answers[i % 6], seed=i // 3) for i in range(24)]
-    for i, r in enumerate(rows):
-        r |= {"task": "name", "language": "en" if i % 2 else "zh"}
-    return write(tmp_path / "rows.parquet", rows)
 
 
 def losses(folder):
@@ -98,7 +86,7 @@ def test_an_incomplete_checkpoint_is_not_resumed(tmp_path):
     for name in ("checkpoint-0000002", "checkpoint-0000004", "checkpoint-0000006.partial"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-0000002" / "COMPLETE").touch()
-    assert train_accelerate.newest_checkpoint(str(tmp_path)).name == "checkpoint-0000002"
+    assert newest_checkpoint(str(tmp_path)).name == "checkpoint-0000002"
 
 
 @pytest.mark.parametrize(
@@ -175,13 +163,11 @@ def test_every_matrix_is_optimised_once():
 
 def test_schedule_rises_and_falls():
     assert [schedule(d, 0.1) for d in (0, 0.05, 0.1, 1)] == [0, 0.5 * 0.95, 0.9, 0]
-    args = parse_args([*TINY, "--max_minutes", "2"])
-    assert progress(args, train_accelerate.State(step=7), 10, 30) == 0.25
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("warmup_step: 3", "unknown key 'warmup_step'"), ("learning_rates: 1", "did you mean 'learning_rate'?")],
+    [("warmup_step: 3", "unknown key 'warmup_step'"), ("learning_rat: 1", "did you mean 'learning_rate'?")],
 )
 def test_a_misspelt_recipe_key_is_refused(tmp_path, capsys, text, message):
     (tmp_path / "x.yaml").write_text(text)
@@ -193,11 +179,11 @@ def test_a_misspelt_recipe_key_is_refused(tmp_path, capsys, text, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train", "decoder"], "--train decoder: no such part. Parts are vision, projector, text."),
+        (["--train", "decoder"], "--train decoder: no such part. Parts are vision, projector, lm_head, text"),
         (["--optimizer", "sgd"], "Use adamw or muon"),
         (["--recipe", "recipes/absent.yaml"], "no such recipe"),
         (["--packing", "true", "--share_pictures", "4"], "exclude each other"),
-        (["--batch_size", "0"], "must be 1 or more"),
+        (["--batch_size", "0"], "must be 1 or more, --micro"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(capsys, options, message):
@@ -212,16 +198,16 @@ def test_command_line_beats_recipe_beats_default(tmp_path):
     assert (args.learning_rate, args.batch_size, args.seed) == (3e-4, 7, 0)
 
 
-@pytest.mark.parametrize("recipe", train_accelerate.recipe_names())
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_builds_its_model(recipe):
     args = parse_args(["--recipe", str(ROOT / "recipes" / recipe), "--tokenizer", str(ROOT)])
     if args.model:  # goes on from what another recipe leaves
-        others = [parse_args(["--recipe", str(ROOT / "recipes" / name)]) for name in train_accelerate.recipe_names()]
+        others = [parse_args(["--recipe", str(ROOT / "recipes" / name)]) for name in recipe_names()]
         assert args.model in [f"{other.output_dir}/final" for other in others if other.output_dir != args.output_dir]
         return
     with torch.device("meta"):
-        config, _ = train_accelerate.model_from_scratch(args)
-        model = train_accelerate.MiniVLMForConditionalGeneration(config)
+        config, _ = model_from_scratch(args)
+        model = MiniVLMForConditionalGeneration(config)
     assert 5e6 < sum(p.numel() for p in model.parameters()) < 15e6 and config.image_seq_length == 64
 
 

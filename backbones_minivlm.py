@@ -1,0 +1,159 @@
+"""Models to start from: a checkpoint of ours, random weights, or a trained tower and a trained decoder joined."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from transformers.utils import cached_file
+
+from configuration_minivlm import MiniVLMConfig
+from modeling_minivlm import MiniVLMForConditionalGeneration
+from options_minivlm import TrainArgs
+from processing_minivlm import MiniVLMProcessor
+from scripts.evaluate import load_trained, register_config
+
+ROOT = Path(__file__).parent
+TURN_START, TURN_END, IMAGE = "<|im_start|>", "<|im_end|>", "<|image_pad|>"  # what our chat template writes
+NORMALISATION = {  # by family of the tower; what it was trained with
+    "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "siglip": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),  # one half each
+    "dino": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "vit": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+}
+
+
+def check_sources(args: TrainArgs) -> None:
+    """Stop before anything is loaded if a folder or Hub id to start from does not exist."""
+    for name in ("model", "vision_model", "text_model", "tokenizer"):
+        if source := getattr(args, name):
+            try:
+                cached_file(source, "tokenizer_config.json" if name == "tokenizer" else "config.json")
+            except OSError as error:
+                reason = str(error).split("\n")[0]
+                raise ValueError(
+                    f"--{name} {source}: neither a folder with a model nor to be had from the Hub. {reason} Check the "
+                    "spelling; without access to huggingface.co set HF_ENDPOINT to a mirror, or give a folder."
+                ) from None
+
+
+def build(args: TrainArgs) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProcessor]:
+    """Model and processor by the options: `model`, or a new one from `model_config` and trained parts."""
+    if args.model:
+        model, processor = load_trained(args.model)
+        model.float().set_attn_implementation(args.attn_implementation)
+        return model, processor
+    config, tokenizer = model_from_scratch(args)
+    tower = decoder = None
+    if args.vision_model:
+        tower = AutoModel.from_pretrained(args.vision_model, dtype=torch.float32)
+        tower = getattr(tower, "vision_model", tower)  # of a model with a text encoder only the eyes
+        check_agrees("vision", args.vision_model, (args.model_config or {}).get("vision_config"), tower.config)
+        config.vision_config = tower.config
+    if args.text_model:
+        decoder = AutoModelForCausalLM.from_pretrained(args.text_model, dtype=torch.float32)
+        resize_vocabulary(decoder, config.text_config.vocab_size)
+    config.validate_architecture()
+    model = MiniVLMForConditionalGeneration._from_config(config, attn_implementation=args.attn_implementation)
+    model.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[config.image_token_id],  # a placeholder in an answer would ask for an absent picture
+    )
+    if tower is not None:
+        load_weights(model.model.vision_tower, tower, args.vision_model)
+    if decoder is not None:
+        load_weights(model.model.language_model, decoder.base_model, args.text_model)
+        if not config.tie_word_embeddings:
+            load_weights(model.lm_head, decoder.get_output_embeddings(), args.text_model)
+    return model, build_processor(config, tokenizer)
+
+
+def model_from_scratch(args: TrainArgs):
+    """Configuration of `model_config`, its decoder that of `text_model`, and the tokenizer that it has room for."""
+    register_config()  # or AutoTokenizer would ask to run the configuration's code beside a tokenizer of ours
+    tokenizer = prepare_tokenizer(args.tokenizer or args.text_model or str(ROOT))
+    options = dict(args.model_config or {})
+    if args.text_model:
+        published = AutoConfig.from_pretrained(args.text_model)
+        check_agrees("text", args.text_model, options.get("text_config"), published)
+        published.vocab_size = max(published.vocab_size, len(tokenizer))
+        options |= {"text_config": published, "tie_word_embeddings": published.tie_word_embeddings}
+    options["image_token_id"] = tokenizer.convert_tokens_to_ids(IMAGE)
+    config = MiniVLMConfig(**options)
+    if config.text_config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"`vocab_size`={config.text_config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} entries. "
+            "Raise text_config.vocab_size in model_config."
+        )
+    return config, tokenizer
+
+
+def check_agrees(part: str, source: str, wanted: dict | None, found) -> None:
+    """A recipe states the sizes of what it loads, so that it can be read and tested without it: they must be true."""
+    for key, value in (wanted or {}).items():
+        if key != "vocab_size" and (actual := getattr(found, key, value)) != value:
+            raise ValueError(
+                f"model_config.{part}_config.{key}={value}, but {source} has {actual}. Correct the one or the other."
+            )
+
+
+def prepare_tokenizer(source: str):
+    """A tokenizer that knows our chat template's tokens, and ends a turn where the template does."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    known = tokenizer.get_vocab()
+    if missing := [token for token in (TURN_START, TURN_END, IMAGE) if token not in known]:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or TURN_END
+    tokenizer.eos_token = TURN_END
+    tokenizer.chat_template = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    return tokenizer
+
+
+@torch.no_grad()
+def resize_vocabulary(decoder: nn.Module, size: int) -> None:
+    """Give a decoder `size` token embeddings; the new ones are the mean of the old, so none stands out."""
+    old = decoder.get_input_embeddings().weight.shape[0]
+    if size > old:
+        decoder.resize_token_embeddings(size, mean_resizing=False)
+        for module in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
+            module.weight[old:] = module.weight[:old].mean(0)
+
+
+def load_weights(target: nn.Module, source: nn.Module, name: str) -> None:
+    """Copy a trained part's weights; the source may have more blocks and heads than are used, never fewer."""
+    weights, needed = source.state_dict(), target.state_dict().keys()
+    missing = sorted(needed - weights.keys())
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights: {', '.join(missing[:5])}. Is it the same kind of model?"
+        )
+    target.load_state_dict({key: weights[key] for key in needed})
+
+
+def build_processor(config: MiniVLMConfig, tokenizer) -> MiniVLMProcessor:
+    """CLIP's preprocessing at the tower's resolution, and as many image tokens as the model makes features."""
+    side, family = config.vision_config.image_size, config.vision_config.model_type
+    mean, std = next((v for k, v in NORMALISATION.items() if family.startswith(k)), NORMALISATION["clip"])
+    # Squeezed, not cropped: what stands at the border of a picture can be asked about.
+    size = {"height": side, "width": side}
+    image_processor = CLIPImageProcessorPil(
+        do_center_crop=False, size=size, image_mean=list(mean), image_std=list(std)
+    )
+    return MiniVLMProcessor(
+        image_processor,
+        tokenizer,
+        chat_template=tokenizer.chat_template,
+        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
+        image_seq_length=config.image_seq_length,
+    )
