@@ -1,0 +1,174 @@
+"""Every recipe is parsed and its model built on the meta device; Accelerate reads every launch configuration."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
+from test_training import TINY, losses, run
+from tiny import ROOT, TEXT, VISION, make_prompt
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+)
+
+import train_accelerate
+from backbones_minivlm import build
+from configuration_minivlm import MiniVLMConfig
+from modeling_minivlm import MiniVLMForConditionalGeneration
+from optimization_minivlm import freeze
+from options_minivlm import parse_args, recipe_names
+
+# Millions of parameters as published: besides the tower, or in all.
+PUBLISHED = {
+    "minimind2_v_small.yaml": ("rest", 26),
+    "minimind_3v_pretrain.yaml": ("rest", 65),
+    "minimind_3v_moe.yaml": ("rest", 200),
+    "nanovlm_222m.yaml": ("all", 222),
+}
+
+
+def parsed(name):
+    return parse_args(["--recipe", str(ROOT / "recipes" / name)])
+
+
+def on_meta(args):
+    with torch.device("meta"):
+        return MiniVLMForConditionalGeneration(MiniVLMConfig(**args.model_config))
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_builds_its_model(recipe):
+    args = parsed(recipe)
+    if args.model:  # the released one, or what another recipe leaves
+        left = {f"{parsed(name).output_dir}/final" for name in recipe_names() if name != recipe}
+        assert args.model == "." or args.model in left
+        return
+    model = on_meta(args)
+    assert any(freeze(model, args.train).values())
+    tower = sum(p.numel() for p in model.model.vision_tower.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    kind, millions = PUBLISHED.get(recipe, ("all", 7.3))
+    assert (total - (tower if kind == "rest" else 0)) / 1e6 == pytest.approx(millions, rel=0.02)
+    text = (ROOT / "recipes" / recipe).read_text(encoding="utf-8")
+    assert "# Run:" in text and "# Result:" in text
+
+
+def test_a_mixture_of_experts_works_with_a_third_of_its_weights():
+    args = parsed("minimind_3v_moe.yaml")
+    model = on_meta(args)
+    rest = sum(p.numel() for name, p in model.named_parameters() if "vision_tower" not in name)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert (rest - experts * 3 / 4) / 1e6 == pytest.approx(65, rel=0.02)
+
+
+def test_image_tokens_are_those_published():
+    tokens = {"minimind2_v_small.yaml": 196, "minimind_3v_pretrain.yaml": 64, "nanovlm_222m.yaml": 49}
+    for recipe, count in tokens.items():
+        assert MiniVLMConfig(**parsed(recipe).model_config).image_seq_length == count
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_every_launch_configuration_is_read(name):
+    config = load_config_from_file(str(ROOT / "configs" / name))
+    assert config.num_processes == {"cpu": 1, "gpu1": 1, "ddp_2x8": 16}.get(name.removesuffix(".yaml"), 8)
+
+
+def test_accelerate_launch_trains_on_a_folder_of_pictures(tmp_path):
+    """The recipe for one's own pictures, through the launcher and a configuration of ours."""
+    folder = tmp_path / "my_pictures"
+    folder.mkdir()
+    lines = []
+    for i in range(6):
+        Image.new("RGB", (40, 30), (40 * i, 0, 0)).save(folder / f"{i}.png")
+        lines.append(f'{{"file_name": "{i}.png", "question": "How red is it?", "answer": "{i}"}}\n')
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "cpu.yaml")]
+    command += [str(ROOT / "train_accelerate.py"), "--recipe", str(ROOT / "recipes" / "finetune_folder.yaml")]
+    command += ["--data", str(folder), "--batch_size", "3", "--log_every", "1", "--output_dir", str(tmp_path / "run")]
+    out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env={**os.environ}).stdout
+    assert len(losses(tmp_path / "run")) == 6 and "distributed" not in out
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+
+
+# ------------------------------------------------------------------------------------- trained parts from elsewhere
+
+
+def save_decoder(folder, family, tokenizer):
+    """A tiny decoder of another family; its tokenizer knows none of our special tokens."""
+    torch.manual_seed(3)
+    sizes = {
+        key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer), "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def plain_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(["<end>", *sorted(alphabet)])}, []))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_a_decoder_of_another_family_is_taken_over_and_learns(data, tmp_path, family):
+    tokenizer = plain_tokenizer()
+    old = len(tokenizer)
+    decoder = save_decoder(tmp_path / "decoder", family, tokenizer)
+    config = f'{{"vision_config": {VISION}, "vision_feature_layer": -1}}'.replace("'", '"')
+    start = ["--text_model", str(tmp_path / "decoder"), "--model_config", config]
+    model, processor = build(parse_args([*TINY[2:], *start][2:]))
+    embeddings = model.get_input_embeddings().weight
+    assert torch.equal(embeddings[:old], decoder.get_input_embeddings().weight)
+    torch.testing.assert_close(embeddings[old], embeddings[:old].mean(0))
+    ids = make_prompt(8) % old
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits[..., :old], decoder(input_ids=ids).logits[..., :old])
+    assert processor.image_token_id == model.config.image_token_id >= old
+    options = ["--data", data, "--batch_size", "8", "--output_dir", str(tmp_path / "run"), "--max_steps", "12"]
+    final = train_accelerate.main([*TINY[4:], *start, *options, "--learning_rate", "1e-2", "--eval_data", data])
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    again, _ = train_accelerate.load_trained(final)
+    assert again.config.text_config.model_type == family
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_the_tower_of_a_model_with_two_encoders_is_taken_over(data, tmp_path, family):
+    """As CLIP and SigLIP are published: a text encoder beside the eyes."""
+    torch.manual_seed(1)
+    vision = {key: value for key, value in VISION.items() if key != "model_type"}
+    classes = {"clip": (CLIPConfig, CLIPModel), "siglip": (SiglipConfig, SiglipModel)}[family]
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    both = classes[1](classes[0](vision_config=vision, text_config=text))
+    both.save_pretrained(tmp_path / "both")
+    config = f'{{"text_config": {TEXT | {"vocab_size": 6400}}, "vision_feature_layer": -1}}'.replace("'", '"')
+    options = ("--model_config", config, "--vision_model", str(tmp_path / "both"), "--max_steps", "2")
+    final = run(data, tmp_path / "run", *options, "--train", "projector", "text")
+    tower = train_accelerate.load_trained(final)[0].model.vision_tower
+    names = {name.removeprefix("vision_model."): weight for name, weight in both.vision_model.state_dict().items()}
+    for name, weight in tower.state_dict().items():
+        assert torch.equal(weight, names[name.removeprefix("vision_model.")]), name
+
+
+def test_a_recipe_that_is_untrue_about_what_it_loads_is_refused(data, tmp_path):
+    torch.manual_seed(1)
+    AutoModel.from_config(AutoConfig.for_model(**VISION)).save_pretrained(tmp_path / "tower")
+    config = f'{{"vision_config": {VISION | {"hidden_size": 24}}}}'.replace("'", '"')
+    with pytest.raises(ValueError, match=r"model_config.vision_config.hidden_size=24, but .* has 16"):
+        run(data, tmp_path / "run", "--model_config", config, "--vision_model", str(tmp_path / "tower"))
