@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
@@ -285,3 +286,7 @@ def check_tracking(parser: ArgumentParser, args: TrainArgs) -> None:
             validate_repo_id(args.push_to_hub)
         except HFValidationError as error:
             parser.error(f"--push_to_hub {args.push_to_hub}: {error}")
+        if args.push_to_hub.count("/") != 1:
+            parser.error(f"--push_to_hub {args.push_to_hub}: write owner/name, as jinv2/minivlm.")
+        if get_token() is None:
+            parser.error("--push_to_hub: nobody is logged in. Run `hf auth login` with a token that may write.")

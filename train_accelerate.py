@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import ProjectConfiguration, find_executable_batch_size, gather_object, set_seed
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -43,6 +44,7 @@ from reporting_minivlm import Reporter, contact_sheet, describe, run_name, write
 from scripts.adapters import add_lora
 from scripts.evaluate import evaluate, judge, load_trained, print_table, prompts, summarise
 from scripts.plot import plot
+from scripts.release import BackgroundPush, ReleaseError, publish
 from sources_minivlm import LOW_RATING, BadRow, Rows, keep_rated, keep_rows, load_rows, load_streams
 from streaming_minivlm import StreamedBatches
 
@@ -136,10 +138,10 @@ def make_accelerator(args: TrainArgs) -> Accelerator:
         project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir),
     )
     sharded = accelerator.distributed_type in SHARDED
-    if sharded and (args.optimizer != "adamw" or args.ema or args.eval_every or args.compile):
+    if sharded and (args.optimizer != "adamw" or args.ema or args.eval_every or args.push_every or args.compile):
         raise ValueError(
-            f"{accelerator.distributed_type.value} cuts the weights into shards: use --optimizer adamw without "
-            "--ema, --eval_every or --compile; eval_data is still answered at the end. Or use a DDP configuration."
+            f"{accelerator.distributed_type.value} cuts the weights into shards: use --optimizer adamw without --ema, "
+            "--eval_every, --push_every or --compile (eval_data is still answered at the end), or a DDP configuration."
         )
     if plugin := accelerator.state.deepspeed_plugin:  # what it would read off the loader that it is not given
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = max(1, args.micro_batch_size)
@@ -466,7 +468,9 @@ def main(argv: list[str] | None = None) -> Path:
             shutil.copyfile(args.recipe, output / "recipe.yaml")
     reporter = Reporter(accelerator, args, state, max_steps, plain)
     run = Run(args, accelerator, model, processor, optimizers, state, max_steps, accumulation, reporter, average)
-    run.eval_rows = eval_rows
+    run.eval_rows, uploads = eval_rows, BackgroundPush()
+    if args.push_to_hub and accelerator.is_main_process:
+        run.push = partial(push_latest, run, uploads)
     stopped = train(run, loader)
     reporter.close()
     if stopped:
@@ -483,6 +487,7 @@ def main(argv: list[str] | None = None) -> Path:
     accelerator.free_memory()
     model.model.vision_tower = tower  # in the place of what gave back cached features
     if accelerator.is_main_process:
+        uploads.finish()
         finish(args, accelerator, model, processor, state, eval_rows, adapter, sharded)
     accelerator.end_training()
     return output / "final"
@@ -495,14 +500,20 @@ def finish(args, accelerator, model, processor, state: State, eval_rows, adapter
     if adapter is not None:
         adapter.save_pretrained(output / "adapter")
         model = adapter.merge_and_unload()
-    save_model(model, processor, final, state_dict)
+    try:
+        save_model(model, processor, final, state_dict)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The finished model could not be written to {final} ({error}; "
+            f"{shutil.disk_usage(output).free / 2**20:,.0f} MiB free). Make room and run the same command: it goes on from the newest checkpoint."
+        ) from error
     metrics = {}
     if eval_rows is not None:
         # From disk: what is scored is what was saved, and free of training's compiled graphs.
         model, processor = load_trained(final)
         metrics = evaluate(model.to(accelerator.device), processor, eval_rows, limit=args.eval_limit)
         print_table(metrics)
-    write_run(args, accelerator, state, metrics, finished=True)
+    record = write_run(args, accelerator, state, metrics, finished=True)
     try:
         drawn = f"; loss drawn in {plot([output], output / 'loss.png')}" if (output / "log.jsonl").is_file() else ""
     except ImportError:
@@ -510,6 +521,25 @@ def finish(args, accelerator, model, processor, state: State, eval_rows, adapter
     print(f"{run_name(args)}: {state.step} steps in {state.seconds / 60:.1f} min; model in {final}{drawn}")
     if state.bad_rows:
         print(f"rows left out or cut:\n{describe_bad_rows(state.bad_rows)}")
+    if args.push_to_hub:
+        options = {"private": args.hub_private, "tag": run_name(args), "message": f"{run_name(args)}: finished"}
+        try:
+            print(f"published: {publish(final, args.push_to_hub, run=record, **options)}")
+        except (ReleaseError, ValueError) as error:  # the model is on the disk; the text says how to go on
+            print(error, file=sys.stderr)
+
+
+def push_latest(run: Run, uploads: BackgroundPush, message: str) -> None:
+    """Upload the weights of this moment in the background, as latest/."""
+    latest = Path(run.args.output_dir) / "latest"
+    if run.average:
+        run.average.swap()
+    save_model(run.accelerator.unwrap_model(run.model), run.processor, latest)
+    if run.average:
+        run.average.swap()
+    uploads.submit(
+        latest, run.args.push_to_hub, private=run.args.hub_private, message=f"{run_name(run.args)}: {message}"
+    )
 
 
 if __name__ == "__main__":
