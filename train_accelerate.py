@@ -505,7 +505,8 @@ def finish(args, accelerator, model, processor, state: State, eval_rows, adapter
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"The finished model could not be written to {final} ({error}; "
-            f"{shutil.disk_usage(output).free / 2**20:,.0f} MiB free). Make room and run the same command: it goes on from the newest checkpoint."
+            f"{shutil.disk_usage(output).free / 2**20:,.0f} MiB free). Make room and run the same "
+            "command: it goes on from the newest checkpoint."
         ) from error
     metrics = {}
     if eval_rows is not None:

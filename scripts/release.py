@@ -3,9 +3,9 @@
     python -m scripts.release runs/train/final --repo_id jinv2/minivlm --tag v1.0
 
 What could not be loaded is refused before anything is sent. Everything goes up in one commit, so the Hub never shows
-half a model; weight files there that transformers would load instead of these are deleted by it. README.md, the model
-card, is written anew from run.json, log and recipe of the run unless it is your own. Log in first: `hf auth login`,
-with a token that may write. After a failure the same command goes on: what is already up is not sent again.
+half a model; weights there that transformers would load instead of these are deleted by it. README.md, the model card,
+is written anew from run.json, recipe.yaml and loss.png of the run, unless it is your own. Log in first: `hf auth
+login`, with a token that may write. After a failure the same command goes on: what is already up is not sent again.
 """
 
 import argparse
@@ -47,9 +47,7 @@ PLACES = ("output_dir", "resume", "feature_cache", "trackers", "run_name", "push
 TRANSIENT = (408, 409, 412, 429)  # and every 5xx. 409, 412: somebody else commits at this moment
 WAITS = (1, 4, 16, 60)  # seconds before each further try
 LONGEST_WAIT = 300  # seconds that a server may ask for; the Hub counts requests in windows of five minutes
-TIMEOUT = (
-    120.0  # seconds without a byte; huggingface_hub sets none, and a dead connection would hold training for ever
-)
+TIMEOUT = 120.0  # seconds without a byte; huggingface_hub sets none: a dead connection would hold training for ever
 
 
 class ReleaseError(RuntimeError):
@@ -98,13 +96,9 @@ def weight_problems(folder: Path) -> list[str]:
     if not single.is_file() and not index.is_file():
         return ["model.safetensors is missing (pickled weights are not published: save_pretrained writes safetensors)"]
     try:
-        shards = (
-            [single]
-            if single.is_file()
-            else {folder / n for n in json.loads(index.read_text())["weight_map"].values()}
-        )
-        for shard in sorted(shards):
-            read_header(shard)
+        names = [single.name] if single.is_file() else json.loads(index.read_text())["weight_map"].values()
+        for name in sorted(set(names)):
+            read_header(folder / name)
     except (OSError, ValueError, KeyError) as error:
         return [str(error)]
     return []
@@ -367,7 +361,7 @@ def retry(call: Callable):
     """What `call` returns, after a few more tries if a failure is one that passes.
 
     huggingface_hub repeats file listing, preupload, LFS batch and PUT itself (`http_backoff`: six tries, Retry-After
-    honoured), but not the creation of repositories, card validation, commits and tags.
+    honoured whatever its length), but not the creation of repositories, card validation, commits and tags.
     """
     for wait in (*WAITS, None):
         session = get_session()
@@ -416,7 +410,8 @@ def seconds_asked(error: Exception) -> int:
 def describe(error: Exception) -> str:
     """What happened, on one line."""
     request, status = " ".join(request_of(error)).strip(), status_of(error)
-    text = (getattr(error, "server_message", None) or "") if status else f"{type(error).__name__}: {error}"
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    text = (getattr(error, "server_message", None) or "") if status else f"{kind}{error}"
     text = " ".join(text.split())[:300].rstrip(".")
     happened = f"{status} {error.response.reason_phrase}".strip() if status else ""
     return ": ".join(filter(None, [f"{happened} ({request})" if happened else request, text]))
@@ -445,7 +440,7 @@ def remedy(error: Exception, repo_id: str) -> str:
     if status in TRANSIENT:
         return "Somebody else commits to this repository: wait until they are done."
     if isinstance(error, (HTTPError, json.JSONDecodeError)) and (status is None or status >= 500):
-        return "The Hub does not answer as it should: look at your network and https://status.huggingface.co."
+        return "The Hub does not answer as it should: look at your network, then at its status page."
     return ""
 
 
@@ -460,7 +455,7 @@ def scrub(text: str) -> str:
     """`text` without the token, which a proxy or server may have repeated in its answer."""
     if token := secret():
         text = text.replace(token, "***")
-    return re.sub(r"\bhf_\w{8,}|(?<=Bearer )\S+", "***", text)
+    return re.sub(r"\bhf_(oauth_|jwt_)?[A-Za-z0-9]{20,}[\w.-]*|(?<=Bearer )\S+", "***", text)
 
 
 # --------------------------------------------------------------------------------------------------- while training
@@ -477,7 +472,7 @@ class BackgroundPush:
         self.failures: list[str] = []
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
-        self.waiting: Callable | None = None
+        self.waiting: tuple | None = None
         self.succeeded = True
 
     def submit(self, folder: str | Path, repo_id: str, **options) -> None:
@@ -562,7 +557,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files would go to {args.repo_id}")
             return
         print(publish(args.folder, args.repo_id, private=args.private, tag=args.tag, message=args.message))
-    except ValueError as error:
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
         parser.error(str(error))
     except ReleaseError as error:
         sys.exit(f"{parser.prog}: {error}")

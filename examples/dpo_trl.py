@@ -1,0 +1,101 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9", "transformers>=5.19,<6", "trl>=1.16,<2", "datasets>=4.0", "pillow>=10.1"]
+# ///
+"""Direct preference optimization (arXiv 2305.18290) with TRL: the right answer of a choice against a wrong one.
+
+    python examples/dpo_trl.py --data data/train.parquet --max_steps 100 --output_dir runs/dpo_trl
+
+Rows need a column `options`: all answers that the question names. Others are left out and counted.
+The code in the folder `--model` is executed: name one you trust.
+"""
+
+import argparse
+import json
+import random
+
+import torch
+from datasets import Image, List, load_dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import DPOConfig, DPOTrainer
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=".", help="Folder or Hub id to start from. Default: this repository.")
+    parser.add_argument(
+        "--data", nargs="+", default=["data/train.parquet"], help="Parquet files with MiniMind-V's columns."
+    )
+    parser.add_argument("--output_dir", default="runs/dpo_trl", help="Where the model and processor are written.")
+    parser.add_argument("--max_steps", type=int, default=100, help="Optimizer steps. Default: 100.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Pairs per step and device. Default: 16.")
+    parser.add_argument("--learning_rate", type=float, default=1e-5, help="Falls to 0 linearly. Default: 1e-5.")
+    parser.add_argument("--beta", type=float, default=0.1, help="Pull towards the start. Default: 0.1.")
+    parser.add_argument("--seed", type=int, default=0, help="Order of rows, choice of wrong answers. Default: 0.")
+    return parser.parse_args(argv)
+
+
+def to_pair(row: dict, index: int, processor, seed: int) -> dict:
+    """Prompt, chosen and rejected as text.
+
+    Given messages, TRL would render the newline behind <|im_end|> into both answers. The model never says it, so its
+    probability is arbitrary, and DPO could widen the margin by that instead of by the answer.
+    """
+    *question, answer = json.loads(row["conversations"])
+    messages = []
+    for turn in question:
+        first, *rest = turn["content"].split("<image>")
+        parts = [{"type": "text", "text": first}]
+        for text in rest:
+            parts += [{"type": "image"}, {"type": "text", "text": text}]
+        messages.append({"role": turn["role"], "content": parts})
+    wrong = [option for option in row["options"] if option != answer["content"]]
+    end = processor.tokenizer.eos_token
+    pictures = row["image_bytes"] or []
+    return {
+        "prompt": processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+        "chosen": answer["content"] + end,
+        "rejected": random.Random(f"{seed} {index}").choice(wrong) + end,
+        "images": pictures if isinstance(pictures, list) else [pictures],
+    }
+
+
+def main(argv=None) -> DPOTrainer:
+    args = parse_args(argv)
+    rows = load_dataset("parquet", data_files=args.data, split="train")
+    choices = rows.filter(lambda row: len(set(row["options"] or [])) > 1)
+    print(f"{len(choices)} of {len(rows)} rows have options.")
+    print(f"Running the model code of {args.model!r} (trust_remote_code).")
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    # Weights in fp32, the computation in bf16 where a GPU can: small updates are lost on bf16 weights.
+    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32)
+    pairs = choices.map(
+        to_pair,
+        with_indices=True,
+        fn_kwargs={"processor": processor, "seed": args.seed},
+        remove_columns=choices.column_names,
+    ).cast_column("images", List(Image()))
+    config = DPOConfig(
+        output_dir=args.output_dir,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        beta=args.beta,
+        max_length=None,  # TRL's 1,024 would cut a row of many pictures in the middle of one
+        trust_remote_code=True,  # TRL loads the reference model itself, from the same folder
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        gradient_checkpointing=False,  # TRL's default saves memory that a model of this size does not need
+        logging_steps=min(10, args.max_steps),
+        save_strategy="no",  # the last weights only
+        report_to="none",
+        seed=args.seed,
+    )
+    trainer = DPOTrainer(model, args=config, train_dataset=pairs, processing_class=processor)
+    trainer.train()
+    trainer.save_model()  # weights, processor and the three files of code
+    print(f"Saved to {args.output_dir}.")
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
