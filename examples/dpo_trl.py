@@ -23,9 +23,7 @@ from trl import DPOConfig, DPOTrainer
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".", help="Folder or Hub id to start from. Default: this repository.")
-    parser.add_argument(
-        "--data", nargs="+", default=["data/train.parquet"], help="Parquet files with MiniMind-V's columns."
-    )
+    parser.add_argument("--data", nargs="+", default=["data/train.parquet"], help="Parquet, MiniMind-V's columns.")
     parser.add_argument("--output_dir", default="runs/dpo_trl", help="Where the model and processor are written.")
     parser.add_argument("--max_steps", type=int, default=100, help="Optimizer steps. Default: 100.")
     parser.add_argument("--batch_size", type=int, default=16, help="Pairs per step and device. Default: 16.")
@@ -41,19 +39,12 @@ def to_pair(row: dict, index: int, processor, seed: int) -> dict:
     Given messages, TRL would render the newline behind <|im_end|> into both answers. The model never says it, so its
     probability is arbitrary, and DPO could widen the margin by that instead of by the answer.
     """
-    *question, answer = json.loads(row["conversations"])
-    messages = []
-    for turn in question:
-        first, *rest = turn["content"].split("<image>")
-        parts = [{"type": "text", "text": first}]
-        for text in rest:
-            parts += [{"type": "image"}, {"type": "text", "text": text}]
-        messages.append({"role": turn["role"], "content": parts})
+    *question, answer = json.loads(row["conversations"].replace("<image>", processor.image_token))
     wrong = [option for option in row["options"] if option != answer["content"]]
     end = processor.tokenizer.eos_token
-    pictures = row["image_bytes"] or []
+    pictures = row["image_bytes"] if "<image>" in row["conversations"] else []  # text-only rows carry a blank one
     return {
-        "prompt": processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+        "prompt": processor.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True),
         "chosen": answer["content"] + end,
         "rejected": random.Random(f"{seed} {index}").choice(wrong) + end,
         "images": pictures if isinstance(pictures, list) else [pictures],
@@ -65,6 +56,8 @@ def main(argv=None) -> DPOTrainer:
     rows = load_dataset("parquet", data_files=args.data, split="train")
     choices = rows.filter(lambda row: len(set(row["options"] or [])) > 1)
     print(f"{len(choices)} of {len(rows)} rows have options.")
+    if not choices:
+        raise ValueError(f"No row of {args.data} names two different `options`. Use rows of the task `choice`.")
     print(f"Running the model code of {args.model!r} (trust_remote_code).")
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     # Weights in fp32, the computation in bf16 where a GPU can: small updates are lost on bf16 weights.

@@ -23,9 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".", help="Folder or Hub id to start from. Default: this repository.")
-    parser.add_argument(
-        "--data", nargs="+", default=["data/train.parquet"], help="Parquet files with MiniMind-V's columns."
-    )
+    parser.add_argument("--data", nargs="+", default=["data/train.parquet"], help="Parquet, MiniMind-V's columns.")
     parser.add_argument("--tasks", nargs="*", default=["choice"], help="Rows of these tasks; none named: all rows.")
     parser.add_argument("--output_dir", default="runs/grpo_trl", help="Where the model and processor are written.")
     parser.add_argument("--max_steps", type=int, default=100, help="Optimizer steps. Default: 100.")
@@ -43,14 +41,13 @@ def to_prompt(row: dict) -> dict:
     *question, answer = json.loads(row["conversations"])
     prompt = []
     for turn in question:
-        first, *rest = turn["content"].split("<image>")
-        parts = [{"type": "text", "text": first}]
-        for text in rest:
-            parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]
-        prompt.append({"role": turn["role"], "content": [part for part in parts if part["text"] != ""]})
-    pictures = row["image_bytes"] or []
-    pictures = pictures if isinstance(pictures, list) else [pictures]
-    return {"prompt": prompt, "answer": answer["content"], "images": pictures}
+        parts = []
+        for i, text in enumerate(turn["content"].split("<image>")):
+            parts += [{"type": "image", "text": None}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
+        prompt.append({"role": turn["role"], "content": parts})
+    pictures = row["image_bytes"] if "<image>" in row["conversations"] else []  # text-only rows carry a blank one
+    images = pictures if isinstance(pictures, list) else [pictures]
+    return {"prompt": prompt, "answer": answer["content"], "images": images}
 
 
 def normalise(text: str) -> str:
@@ -69,6 +66,8 @@ def main(argv=None) -> GRPOTrainer:
     rows = load_dataset("parquet", data_files=args.data, split="train")
     if args.tasks:
         rows = rows.filter(lambda task: task in args.tasks, input_columns="task")
+    if not rows:
+        raise ValueError(f"No row of {args.data} is of the tasks {args.tasks}. Name others with --tasks.")
     rows = rows.map(to_prompt, remove_columns=rows.column_names).cast_column("images", List(Image()))
     print(f"Running the model code of {args.model!r} (trust_remote_code).")
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)

@@ -6,7 +6,7 @@
 
     python examples/lora_peft.py --data data/train.parquet --max_steps 200 --output_dir runs/lora_peft --merge
 
-`--output_dir` holds the adapter, a few hundred kB; `--merge` also writes `merged`, a whole model that loads without
+`--output_dir` holds the adapter, less than 1 MB; `--merge` also writes `merged`, a whole model that loads without
 PEFT. The code in the folder `--model` is executed: name one you trust.
 """
 
@@ -27,9 +27,7 @@ DECODER = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".", help="Folder or Hub id to start from. Default: this repository.")
-    parser.add_argument(
-        "--data", nargs="+", default=["data/train.parquet"], help="Parquet files with MiniMind-V's columns."
-    )
+    parser.add_argument("--data", nargs="+", default=["data/train.parquet"], help="Parquet, MiniMind-V's columns.")
     parser.add_argument("--output_dir", default="runs/lora_peft", help="Where the adapter is written.")
     parser.add_argument("--merge", action="store_true", help="Also write OUTPUT_DIR/merged, which needs no PEFT.")
     parser.add_argument("--max_steps", type=int, default=200, help="Optimizer steps. Default: 200.")
@@ -44,12 +42,11 @@ def to_trl(row: dict) -> dict:
     """A row as TRL reads it: the conversation in parts, each `<image>` marker a part of its own, and the pictures."""
     messages = []
     for turn in json.loads(row["conversations"]):
-        first, *rest = turn["content"].split("<image>")
-        parts = [{"type": "text", "text": first}]
-        for text in rest:
-            parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]
-        messages.append({"role": turn["role"], "content": [part for part in parts if part["text"] != ""]})
-    pictures = row["image_bytes"] or []
+        parts = []
+        for i, text in enumerate(turn["content"].split("<image>")):
+            parts += [{"type": "image", "text": None}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
+        messages.append({"role": turn["role"], "content": parts})
+    pictures = row["image_bytes"] if "<image>" in row["conversations"] else []  # text-only rows carry a blank one
     return {"messages": messages, "images": pictures if isinstance(pictures, list) else [pictures]}
 
 

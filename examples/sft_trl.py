@@ -21,9 +21,7 @@ from trl import SFTConfig, SFTTrainer
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".", help="Folder or Hub id to start from. Default: this repository.")
-    parser.add_argument(
-        "--data", nargs="+", default=["data/train.parquet"], help="Parquet files with MiniMind-V's columns."
-    )
+    parser.add_argument("--data", nargs="+", default=["data/train.parquet"], help="Parquet, MiniMind-V's columns.")
     parser.add_argument("--output_dir", default="runs/sft_trl", help="Where the model and processor are written.")
     parser.add_argument("--max_steps", type=int, default=200, help="Optimizer steps. Default: 200.")
     parser.add_argument("--batch_size", type=int, default=16, help="Rows per step and device. Default: 16.")
@@ -36,12 +34,11 @@ def to_trl(row: dict) -> dict:
     """A row as TRL reads it: the conversation in parts, each `<image>` marker a part of its own, and the pictures."""
     messages = []
     for turn in json.loads(row["conversations"]):
-        first, *rest = turn["content"].split("<image>")
-        parts = [{"type": "text", "text": first}]
-        for text in rest:
-            parts += [{"type": "image", "text": None}, {"type": "text", "text": text}]
-        messages.append({"role": turn["role"], "content": [part for part in parts if part["text"] != ""]})
-    pictures = row["image_bytes"] or []
+        parts = []
+        for i, text in enumerate(turn["content"].split("<image>")):
+            parts += [{"type": "image", "text": None}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
+        messages.append({"role": turn["role"], "content": parts})
+    pictures = row["image_bytes"] if "<image>" in row["conversations"] else []  # text-only rows carry a blank one
     return {"messages": messages, "images": pictures if isinstance(pictures, list) else [pictures]}
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from test_data import row, write
 from test_training import TINY, losses, run
@@ -23,17 +24,9 @@ def command(data, folder, ranks, *options):
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    options = ["--data", data, "--output_dir", str(folder), "--batch_size", "4", "--augment", "mild", *options]
-    return [
-        *launch,
-        str(ROOT / "train_accelerate.py"),
-        *TINY,
-        *options,
-        "--max_steps",
-        str(STEPS),
-        "--save_every",
-        "2",
-    ]
+    base = ["--data", data, "--output_dir", str(folder), "--batch_size", "4", "--augment", "mild"]
+    base += ["--max_steps", str(STEPS), "--save_every", "2"]
+    return [*launch, str(ROOT / "train_accelerate.py"), *TINY, *base, *options]
 
 
 def environment():
@@ -136,6 +129,40 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, capsys, 
     run(data, tmp_path / "run", "--max_steps", "5", "--save_every", "2")
     assert "no checkpoint at step 2" in (out := capsys.readouterr().out) and "No space left on device" in out
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0000004"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit of file sizes here")
+def test_files_that_cannot_be_written_are_reported(data, tmp_path):
+    """The system itself refuses to write more than 100 kB into a file: checkpoints first, then the finished model."""
+    import resource
+
+    process = subprocess.run(
+        command(data, tmp_path / "run", 1),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert process.stdout.count("warning: no checkpoint at step") == 2 and process.returncode == 1
+    assert "The finished model could not be written" in process.stderr and "Make room" in process.stderr
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and len(log(tmp_path / "run")) == STEPS
+
+
+def test_ranks_stop_together(data, tmp_path):
+    """One rank gets the signal; all of them save and end."""
+    process = subprocess.Popen(
+        command(data, tmp_path / "run", 2, "--save_every", "1000", "--max_steps", "100000", "--workers", "0"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(tmp_path / "run" / "log.jsonl", process)
+    ranks = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
+    ranks[0].send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=60)
+    assert "stopped by a signal to another rank at step" in out and f"exitcode  : {STOPPED}" in out
+    assert newest_checkpoint(tmp_path / "run") is not None
 
 
 def test_too_little_disk_is_said_before_the_first_step(data, tmp_path, monkeypatch):
