@@ -221,7 +221,9 @@ def check_parts(parser: ArgumentParser, args: TrainArgs) -> None:
         if part not in PARTS:
             parser.error(f"--learning_rates {part}: no such part. Parts are {', '.join(PARTS)}.")
     if args.lora:
-        read_lora(parser, args.lora)
+        args.lora = read_lora(parser, args.lora)
+        if args.keep_best or args.push_every:
+            parser.error("--lora saves its adapter at the end only: leave out --keep_best and --push_every.")
 
 
 def read_lora(parser: ArgumentParser, text: str) -> dict[str, str]:

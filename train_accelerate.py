@@ -11,7 +11,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -221,6 +221,7 @@ class Run:
     max_steps: int
     accumulation: int
     reporter: Reporter
+    tower: torch.nn.Module  # the real one, also while features of a cache stand in its place
     average: WeightAverage | None = None
     eval_rows: Rows | None = None
     push: object = None
@@ -378,33 +379,45 @@ def count_bad_rows(state: State, bad_rows: list[tuple[str, str]], limit: float, 
 def evaluate_and_keep(run: Run) -> bool:
     """Evaluate on all ranks, keep the model if it is the best so far; True if it is time to stop early."""
     args, accelerator, state = run.args, run.accelerator, run.state
-    model = accelerator.unwrap_model(run.model)
     rows = run.eval_rows.select(range(min(args.eval_limit, len(run.eval_rows))))
     mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
-    if run.average:
-        run.average.swap()
-    with torch.compiler.set_stance("force_eager"), accelerator.autocast():  # answers would compile for every length
-        results = judge(model, run.processor, rows.select(mine), quiet=not accelerator.is_main_process)
-    for result, row in zip(results, mine):
-        result["row"] = row
-    metrics = summarise(sorted(gather_object(results), key=lambda result: result["row"]))
-    run.reporter.evaluation(metrics, sample_sheet(rows, run.processor, metrics, args.samples))
     stop = False
-    if args.keep_best:
-        if args.keep_best not in metrics["scores"]:
-            raise ValueError("--keep_best ranked: no row of --eval_data has options to rank. Use loss or match.")
-        value = metrics["scores"][args.keep_best]
-        if state.best is None or METRICS[args.keep_best](value, state.best) != state.best:
-            state.best, state.worse = value, 0
-            if accelerator.is_main_process:
-                save_model(model, run.processor, Path(args.output_dir) / "best")
-        else:
-            state.worse += 1
-        stop = args.patience is not None and state.worse >= args.patience
-    if run.average:
-        run.average.swap()
+    with finished_model(run) as model:
+        # Compiled blocks would be compiled anew for every length of an answer.
+        with torch.compiler.set_stance("force_eager"), accelerator.autocast():
+            results = judge(model, run.processor, rows.select(mine), quiet=not accelerator.is_main_process)
+        for result, row in zip(results, mine):
+            result["row"] = row
+        metrics = summarise(sorted(gather_object(results), key=lambda result: result["row"]))
+        run.reporter.evaluation(metrics, sample_sheet(rows, run.processor, metrics, args.samples))
+        if args.keep_best:
+            if args.keep_best not in metrics["scores"]:
+                raise ValueError("--keep_best ranked: no row of --eval_data has options to rank. Use loss or match.")
+            value = metrics["scores"][args.keep_best]
+            if state.best is None or METRICS[args.keep_best](value, state.best) != state.best:
+                state.best, state.worse = value, 0
+                if accelerator.is_main_process:
+                    save_model(model, run.processor, Path(args.output_dir) / "best")
+            else:
+                state.worse += 1
+            stop = args.patience is not None and state.worse >= args.patience
     accelerator.wait_for_everyone()
     return stop
+
+
+@contextmanager
+def finished_model(run: Run):
+    """The model as it would be saved now: averaged weights, and the tower in the place of its cached features."""
+    model = run.accelerator.unwrap_model(run.model)
+    cached, model.model.vision_tower = model.model.vision_tower, run.tower
+    if run.average:
+        run.average.swap()
+    try:
+        yield model
+    finally:
+        if run.average:
+            run.average.swap()
+        model.model.vision_tower = cached
 
 
 def sample_sheet(rows: Rows, processor, metrics: dict, count: int):
@@ -467,7 +480,9 @@ def main(argv: list[str] | None = None) -> Path:
         if args.recipe and Path(args.recipe).resolve() != (output / "recipe.yaml").resolve():
             shutil.copyfile(args.recipe, output / "recipe.yaml")
     reporter = Reporter(accelerator, args, state, max_steps, plain)
-    run = Run(args, accelerator, model, processor, optimizers, state, max_steps, accumulation, reporter, average)
+    run = Run(
+        args, accelerator, model, processor, optimizers, state, max_steps, accumulation, reporter, tower, average
+    )
     run.eval_rows, uploads = eval_rows, BackgroundPush()
     if args.push_to_hub and accelerator.is_main_process:
         run.push = partial(push_latest, run, uploads)
@@ -532,15 +547,12 @@ def finish(args, accelerator, model, processor, state: State, eval_rows, adapter
 
 def push_latest(run: Run, uploads: BackgroundPush, message: str) -> None:
     """Upload the weights of this moment in the background, as latest/."""
-    latest = Path(run.args.output_dir) / "latest"
-    if run.average:
-        run.average.swap()
-    save_model(run.accelerator.unwrap_model(run.model), run.processor, latest)
-    if run.average:
-        run.average.swap()
-    uploads.submit(
-        latest, run.args.push_to_hub, private=run.args.hub_private, message=f"{run_name(run.args)}: {message}"
-    )
+    args = run.args
+    latest = Path(args.output_dir) / "latest"
+    with finished_model(run) as model:
+        save_model(model, run.processor, latest)
+    message = f"{run_name(args)}: {message}"
+    uploads.submit(latest, args.push_to_hub, private=args.hub_private, message=message)
 
 
 if __name__ == "__main__":

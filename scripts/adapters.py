@@ -7,13 +7,12 @@ def add_lora(model, args: TrainArgs):
     """Put a LoRA adapter (arXiv 2106.09685) into the model; it alone learns, and the projector if `train` names it."""
     from peft import LoraConfig, get_peft_model  # an extra; imported where it is asked for
 
-    values = dict(pair.split("=") for pair in args.lora.split(","))
     decoder = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
     tower = r"model\.vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-    target = {"decoder": decoder, "vision": tower, "all": f"{decoder}|{tower}"}[values.get("targets", "decoder")]
+    target = {"decoder": decoder, "vision": tower, "all": f"{decoder}|{tower}"}[args.lora["targets"]]
     config = LoraConfig(
-        r=int(values.get("r", 16)),
-        lora_alpha=int(values.get("alpha", 32)),
+        r=int(args.lora["r"]),
+        lora_alpha=int(args.lora["alpha"]),
         target_modules=target,
         modules_to_save=["multi_modal_projector"] if "projector" in args.train else None,
     )

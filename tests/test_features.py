@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from test_data import row, write
 from test_sources import run
-from test_training import losses
+from test_training import TINY, losses
 from tiny import make_model, make_processor
 
 import train_accelerate
@@ -82,3 +82,14 @@ def test_a_full_disk_is_told_before_work_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(OSError, match="The features need .* free. Name a folder on another disk"):
         cache.fill(rows, encoder, Accelerator(cpu=True))
+
+
+def test_a_model_that_learns_from_cached_features_is_evaluated_and_kept_whole(data, tmp_path):
+    """The tower is away while its features are cached, but what answers and what is saved has it."""
+    options = [*TINY, "--data", data, "--batch_size", "8", "--train", "projector", "text", "--max_steps", "2"]
+    options += ["--feature_cache", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run")]
+    train_accelerate.main([*options, "--eval_data", data, "--eval_every", "1", "--keep_best", "loss"])
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    model, processor = train_accelerate.load_trained(tmp_path / "run" / "best")
+    again = train_accelerate.evaluate(model, processor, train_accelerate.load_rows([data]))
+    assert again["scores"]["loss"] == pytest.approx(report["best"], abs=1e-3)

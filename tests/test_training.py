@@ -212,7 +212,7 @@ def test_too_many_bad_rows_stop_training(tmp_path):
 
 def test_ranks_and_micro_batches_give_the_losses_of_one_process(data, tmp_path):
     """Two ranks by torchrun, accumulation, and one process in one go: the same rows, the same losses."""
-    options = ("--max_steps", "3", "--batch_size", "8")
+    options = ("--max_steps", "3", "--batch_size", "8", "--eval_data", data, "--eval_every", "3")
     run(data, tmp_path / "one", *options)
     run(data, tmp_path / "accumulated", *options, "--micro_batch_size", "3")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
@@ -230,6 +230,8 @@ def test_ranks_and_micro_batches_give_the_losses_of_one_process(data, tmp_path):
     one = losses(tmp_path / "one")
     assert losses(tmp_path / "accumulated") == pytest.approx(one, abs=1e-5)
     assert losses(tmp_path / "two") == pytest.approx(one, abs=1e-5)
+    alone, shared = (json.loads((tmp_path / name / "eval.jsonl").read_text()) for name in ("one", "two"))
+    assert shared["loss"] == pytest.approx(alone["loss"], abs=1e-3) and shared["tasks"] == alone["tasks"]
 
 
 def test_evaluation_counts_what_a_person_would_count(data, tmp_path):
