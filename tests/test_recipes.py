@@ -1,8 +1,10 @@
 """Every recipe is parsed and its model built on the meta device; Accelerate reads every launch configuration."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -172,3 +174,30 @@ def test_a_recipe_that_is_untrue_about_what_it_loads_is_refused(data, tmp_path):
     config = f'{{"vision_config": {VISION | {"hidden_size": 24}}}}'.replace("'", '"')
     with pytest.raises(ValueError, match=r"model_config.vision_config.hidden_size=24, but .* has 16"):
         run(data, tmp_path / "run", "--model_config", config, "--vision_model", str(tmp_path / "tower"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.parametrize("signalled", [True, False])
+def test_the_slurm_job_is_queued_again_only_if_its_time_was_up(tmp_path, signalled):
+    """With `srun` and `scontrol` played by scripts: what the job asks of them, and when."""
+    tools = {
+        "scontrol": f'#!/bin/bash\necho "$@" >> "{tmp_path}/asked"\n[ "$1" != show ] || printf "node-a\\nnode-b\\n"',
+        "srun": f'#!/bin/bash\ntrap "echo saved >> {tmp_path}/asked; exit 143" TERM\n'
+        f'echo started "$4" "${{@:5}}" >> "{tmp_path}/asked"\n' + ("sleep 20 & wait" if signalled else "exit 1"),
+    }
+    for name, text in tools.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node-[a-b]"}
+    env["SLURM_JOB_ID"] = "7"
+    script = ["bash", str(ROOT / "configs" / "slurm_2x8.sh"), "--recipe", "x.yaml"]
+    job = subprocess.Popen(script, env=env, cwd=ROOT)
+    asked, end = tmp_path / "asked", time.monotonic() + 20
+    while "started" not in (asked.read_text() if asked.exists() else "") and time.monotonic() < end:
+        time.sleep(0.05)
+    if signalled:
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=20) != 0
+    lines = asked.read_text().splitlines()
+    assert lines[:2] == ["show hostnames node-[a-b]", "started node-a --recipe x.yaml"]
+    assert lines[2:] == (["saved", "requeue 7"] if signalled else [])
