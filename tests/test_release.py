@@ -22,7 +22,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import ROOT, make_model, make_pixels, make_processor, make_prompt
 
-from scripts.release import MARKER, WAITS, check, files_of, write_card
+from scripts.model_card import MARKER, write_card
+from scripts.release import WAITS, check, files_of
 
 REPO = "jinv2/minivlm"
 TOKEN = "hf_" + "NotARealToken" * 2  # in two parts, or scanners for leaked secrets report this file
