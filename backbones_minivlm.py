@@ -35,33 +35,36 @@ def check_sources(args: TrainArgs) -> None:
     """Stop before anything is loaded if a folder or Hub id to start from does not exist."""
     for name in ("model", "vision_model", "text_model", "tokenizer"):
         if source := getattr(args, name):
-            try:
-                cached_file(source, "tokenizer_config.json" if name == "tokenizer" else "config.json")
-            except OSError as error:
-                reason = str(error).split("\n")[0]
-                raise ValueError(
-                    f"--{name} {source}: neither a folder with a model nor to be had from the Hub. {reason} Check the "
-                    "spelling; without access to huggingface.co set HF_ENDPOINT to a mirror, or give a folder."
-                ) from None
+            check_source(name, source, "tokenizer_config.json" if name == "tokenizer" else "config.json")
+
+
+def check_source(option: str, source: str, file: str) -> None:
+    """Stop if `source` is neither a folder nor a Hub id that holds `file`."""
+    try:
+        cached_file(source, file)
+    except OSError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"--{option} {source}: neither a folder with a model nor to be had from the Hub. {reason} Check the "
+            "spelling; without access to huggingface.co set HF_ENDPOINT to a mirror, or give a folder."
+        ) from None
 
 
 def build(args: TrainArgs) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProcessor]:
     """Model and processor by the options: `model`, or a new one from `model_config` and trained parts."""
     if args.model:
         model, processor = load_trained(args.model)
-        model.float().set_attn_implementation(args.attn_implementation)
-        return model, processor
+        if args.attn_implementation:
+            model.set_attn_implementation(args.attn_implementation)
+        return model.float(), processor
     config, tokenizer = model_from_scratch(args)
     tower = decoder = None
     if args.vision_model:
         tower = AutoModel.from_pretrained(args.vision_model, dtype=torch.float32)
         tower = getattr(tower, "vision_model", tower)  # of a model with a text encoder only the eyes
-        check_agrees("vision", args.vision_model, (args.model_config or {}).get("vision_config"), tower.config)
-        config.vision_config = tower.config
     if args.text_model:
         decoder = AutoModelForCausalLM.from_pretrained(args.text_model, dtype=torch.float32)
         resize_vocabulary(decoder, config.text_config.vocab_size)
-    config.validate_architecture()
     model = MiniVLMForConditionalGeneration._from_config(config, attn_implementation=args.attn_implementation)
     model.generation_config.update(
         bos_token_id=tokenizer.bos_token_id,
@@ -79,15 +82,25 @@ def build(args: TrainArgs) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProc
 
 
 def model_from_scratch(args: TrainArgs):
-    """Configuration of `model_config`, its decoder that of `text_model`, and the tokenizer that it has room for."""
+    """Configuration of `model_config`, its parts those that are named, and the tokenizer that it has room for."""
     register_config()  # or AutoTokenizer would ask to run the configuration's code beside a tokenizer of ours
+    published = AutoConfig.from_pretrained(args.text_model) if args.text_model else None
+    if published and not hasattr(published, "vocab_size"):
+        raise ValueError(
+            f"--text_model {args.text_model} is of type {published.model_type!r}, which is not a causal decoder. Name "
+            "a language model."
+        )
     tokenizer = prepare_tokenizer(args.tokenizer or args.text_model or str(ROOT))
     options = dict(args.model_config or {})
-    if args.text_model:
-        published = AutoConfig.from_pretrained(args.text_model)
+    if published:
         check_agrees("text", args.text_model, options.get("text_config"), published)
         published.vocab_size = max(published.vocab_size, len(tokenizer))
         options |= {"text_config": published, "tie_word_embeddings": published.tie_word_embeddings}
+    if args.vision_model:
+        published = AutoConfig.from_pretrained(args.vision_model)
+        published = getattr(published, "vision_config", published)
+        check_agrees("vision", args.vision_model, options.get("vision_config"), published)
+        options["vision_config"] = published
     options["image_token_id"] = tokenizer.convert_tokens_to_ids(IMAGE)
     config = MiniVLMConfig(**options)
     if config.text_config.vocab_size < len(tokenizer):
@@ -141,15 +154,16 @@ def load_weights(target: nn.Module, source: nn.Module, name: str) -> None:
     target.load_state_dict({key: weights[key] for key in needed})
 
 
-def build_processor(config: MiniVLMConfig, tokenizer) -> MiniVLMProcessor:
-    """CLIP's preprocessing at the tower's resolution, and as many image tokens as the model makes features."""
-    side, family = config.vision_config.image_size, config.vision_config.model_type
-    mean, std = next((v for k, v in NORMALISATION.items() if family.startswith(k)), NORMALISATION["clip"])
-    # Squeezed, not cropped: what stands at the border of a picture can be asked about.
-    size = {"height": side, "width": side}
-    image_processor = CLIPImageProcessorPil(
-        do_center_crop=False, size=size, image_mean=list(mean), image_std=list(std)
-    )
+def build_processor(config: MiniVLMConfig, tokenizer, image_processor=None) -> MiniVLMProcessor:
+    """As many image tokens as the model makes features; CLIP's preprocessing at the tower's resolution by default."""
+    if image_processor is None:
+        side, family = config.vision_config.image_size, config.vision_config.model_type
+        mean, std = next((v for k, v in NORMALISATION.items() if family.startswith(k)), NORMALISATION["clip"])
+        # Squeezed, not cropped: what stands at the border of a picture can be asked about.
+        size = {"height": side, "width": side}
+        image_processor = CLIPImageProcessorPil(
+            do_center_crop=False, size=size, image_mean=list(mean), image_std=list(std)
+        )
     return MiniVLMProcessor(
         image_processor,
         tokenizer,

@@ -106,7 +106,9 @@ class TrainArgs:
     mixed_precision: str = option(
         "auto", "bf16, fp16, fp8, tf32, no (fp32), or auto: bf16 where the device computes in it."
     )
-    attn_implementation: str = option("sdpa", "eager, sdpa, flex_attention or flash_attention_2.")
+    attn_implementation: str | None = option(
+        None, "eager, sdpa, flex_attention or flash_attention_2. Left out: sdpa where the decoder can."
+    )
     compile: bool = option(False, "Compile the blocks of tower and decoder (needs a C++ compiler on CPU).")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     seed: int = option(0, "Seed of weights, order and augmentation.")

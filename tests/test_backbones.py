@@ -1,0 +1,126 @@
+"""Anyone's tower and anyone's decoder, joined by name: each family is made on the spot, trained and asked."""
+
+import json
+
+import pytest
+import torch
+from test_convert import fails
+from test_recipes import plain_tokenizer
+from tiny import ROOT, make_pixels
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+import train_accelerate
+from scripts.convert.__main__ import main
+from scripts.evaluate import load_trained
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWERS = {  # SigLIP 2 at a fixed resolution is published as SigLIP
+    "clip_vision_model": {"image_size": 32, "patch_size": 16},
+    "siglip_vision_model": {"image_size": 32, "patch_size": 16},
+    "dinov2": {"image_size": 28, "patch_size": 14},
+    "dinov2_with_registers": {"image_size": 28, "patch_size": 14, "num_register_tokens": 4},
+    "dinov3_vit": {"image_size": 32, "patch_size": 16, "num_register_tokens": 4},
+    "vit": {"image_size": 32, "patch_size": 16},
+}
+DECODERS = {  # SmolLM2 is published as Llama
+    "qwen3": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "llama": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "qwen2": {},
+}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """`published(family)`: a folder with a tiny model of that family, as the Hub would give it."""
+    folder = tmp_path_factory.mktemp("published")
+
+    def make(family):
+        path = folder / family
+        if path.exists():
+            return path
+        torch.manual_seed(4)
+        if family in TOWERS:
+            AutoModel.from_config(AutoConfig.for_model(family, **SIZES, **TOWERS[family])).save_pretrained(path)
+            return path
+        tokenizer = plain_tokenizer()
+        sizes = SIZES | {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(tokenizer), "pad_token_id": 0}
+        config = AutoConfig.for_model(family, **sizes, **DECODERS[family])
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return make
+
+
+PAIRS = [(tower, "qwen3") for tower in TOWERS] + [("siglip_vision_model", decoder) for decoder in DECODERS][1:]
+
+
+@pytest.mark.parametrize("tower, decoder", PAIRS)
+def test_every_family_is_joined_trained_and_asked(tower, decoder, published, data, picture, tmp_path, capsys):
+    tower, decoder, out = published(tower), published(decoder), tmp_path / "new"
+    main(["build", "--vision_model", str(tower), "--text_model", str(decoder), "--out", str(out)])
+    assert "4 image tokens per picture" in capsys.readouterr().out
+    model, processor = load_trained(out)
+    source = AutoModelForCausalLM.from_pretrained(decoder)
+    rows, old = model.get_input_embeddings().weight, source.get_input_embeddings().weight
+    assert torch.equal(rows[: len(old)], old) and model.config.image_token_id >= len(old)
+    torch.testing.assert_close(rows[len(old) :], old.mean(0).expand(len(rows) - len(old), -1))
+    eyes = AutoModel.from_pretrained(tower)
+    for name, weight in model.model.vision_tower.state_dict().items():
+        assert torch.equal(weight, eyes.state_dict()[name]), name
+    final = train_accelerate.main(
+        ["--model", str(out), "--data", data, "--batch_size", "4", "--max_steps", "2", "--workers", "0"]
+        + ["--device", "cpu", "--output_dir", str(tmp_path / "run")]
+    )
+    trained, processor = load_trained(final)
+    assert not torch.equal(trained.get_input_embeddings().weight, rows)
+    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is this?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    answer = trained.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert 1 <= len(answer) <= 5 and model.config.image_token_id not in answer
+
+
+def test_a_built_folder_is_a_repository(published, tmp_path):
+    """It carries its code, and transformers alone loads it."""
+    out = tmp_path / "new"
+    parts = ["--vision_model", str(published("siglip_vision_model")), "--text_model", str(published("llama"))]
+    options = json.dumps({"pixel_shuffle_factor": 2, "projector_layer_norm": True, "vision_feature_layer": -1})
+    main(["build", *parts, "--model_config", options, "--out", str(out)])
+    model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    assert model.config.image_seq_length == processor.image_seq_length == 1
+    assert model.get_image_features(make_pixels(2), return_dict=True).pooler_output.shape == (2, 1, 16)
+
+
+def test_what_cannot_be_joined_is_refused_before_anything_is_written(published, tmp_path):
+    out = tmp_path / "new"
+    tower, decoder = str(published("clip_vision_model")), str(published("llama"))
+    said = fails(["build", "--vision_model", "no/such", "--text_model", decoder, "--out", str(out)], out)
+    assert "--vision_model no/such: neither a folder" in said
+    said = fails(["build", "--vision_model", decoder, "--text_model", decoder, "--out", str(out)], out)
+    assert "it is not a vision transformer" in said
+    said = fails(["build", "--vision_model", tower, "--text_model", tower, "--out", str(out)], out)
+    assert f"--text_model {tower} is of type 'clip_vision_model', which is not a causal decoder" in said
+    naflex = tmp_path / "naflex"
+    AutoModel.from_config(AutoConfig.for_model("siglip2_vision_model", **SIZES)).save_pretrained(naflex)
+    said = fails(["build", "--vision_model", str(naflex), "--text_model", decoder, "--out", str(out)], out)
+    assert "'siglip2_vision_model' has no image_size" in said
+    command = ["build", "--vision_model", tower, "--text_model", decoder, "--out", str(out), "--model_config"]
+    said = fails([*command, '{"pixel_shuffle_factor": 3}'], out)
+    assert "`pixel_shuffle_factor`=3 does not divide the 2 x 2 patch grid" in said
+
+
+def test_help_shows_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    manual = (ROOT / "CONVERTING.md").read_text(encoding="utf-8")
+    for command in ("build", "from_minimind", "to_minimind", "to_llava", "to_causal_lm", "to_onnx"):
+        assert command in shown and f"scripts.convert {command}" in manual

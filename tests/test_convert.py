@@ -1,0 +1,409 @@
+"""Weights of MiniMind and MiniMind-V: in, out, and the same logits as their published formulas on either side."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import ROOT, make_pixels, same
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+import train_accelerate
+from scripts.convert import formulas
+from scripts.convert.__main__ import main
+from scripts.convert.minimind import read_config
+from scripts.evaluate import load_trained
+
+# As published but for sizes: (projector, QK-norm, experts, key-value heads).
+FORMATS = {
+    "minimind-3v": ("mlp", True, 0, 4),
+    "minimind-3v-moe": ("mlp", True, 4, 4),
+    "minimind2-v": ("linear", False, 0, 2),
+    "minimind-3": (None, True, 0, 4),
+    "minimind-3-moe": (None, True, 4, 4),
+    "minimind2": (None, False, 0, 2),
+}
+PICTURED = [name for name in FORMATS if FORMATS[name][0]]
+PUBLISHED = {  # width, blocks, width of the MLP
+    "minimind-3v": (768, 8, 2432),
+    "minimind-3v-moe": (768, 8, 2432),
+    "minimind2-v": (768, 16, 2048),
+    "minimind2-small-v": (512, 8, 1408),
+}
+
+
+def make_source(name, hidden=32, layers=2, width=64, vocabulary=None, tower=16, dtype=torch.float32):
+    """Random weights by MiniMind's names; the numbers of heads are those published."""
+    projector, normed, experts, kv = FORMATS[name]
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = vocabulary or (6400 if normed else 259)
+    head = hidden // 8
+
+    def matrix(*shape):
+        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+        return (torch.randn(*shape, generator=generator) * scale + (len(shape) == 1)).to(dtype)
+
+    def mlp(prefix):
+        return {
+            f"{prefix}gate_proj.weight": matrix(width, hidden),
+            f"{prefix}up_proj.weight": matrix(width, hidden),
+            f"{prefix}down_proj.weight": matrix(hidden, width),
+        }
+
+    tensors = {"model.embed_tokens.weight": matrix(vocabulary, hidden), "model.norm.weight": matrix(hidden)}
+    for i in range(layers):
+        layer = f"model.layers.{i}."
+        for part, rows in (("q", hidden), ("k", kv * head), ("v", kv * head), ("o", hidden)):
+            tensors[f"{layer}self_attn.{part}_proj.weight"] = matrix(rows, hidden)
+        for part in "qk" if normed else "":
+            tensors[f"{layer}self_attn.{part}_norm.weight"] = matrix(head)
+        for part in ("input", "post_attention"):
+            tensors[f"{layer}{part}_layernorm.weight"] = matrix(hidden)
+        if experts:
+            tensors[f"{layer}mlp.gate.weight"] = matrix(experts, hidden)
+        for expert in [f"experts.{e}." for e in range(experts)] or [""]:
+            tensors |= mlp(f"{layer}mlp.{expert}")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    shapes = {
+        "mlp": {"mlp.0": (tower,), "mlp.1": (hidden, tower), "mlp.3": (hidden, hidden)},
+        "linear": {"vision_proj.0": (hidden, tower)},
+    }.get(projector, {})
+    for part, shape in shapes.items():
+        tensors[f"vision_proj.{part}.weight"] = matrix(*shape)
+        tensors[f"vision_proj.{part}.bias"] = matrix(shape[0]) - 1
+    return tensors
+
+
+def save(path, tensors):
+    """By the format that the name asks for; a path without one is a transformers folder."""
+    if path.suffix == ".safetensors":
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    elif path.suffix:
+        torch.save(tensors, path)
+    else:
+        path.mkdir()
+        torch.save(tensors, path / "pytorch_model.bin")
+        hidden = tensors["model.embed_tokens.weight"].shape[1]
+        (path / "config.json").write_text(json.dumps({"hidden_size": hidden, "num_attention_heads": 8}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Towers with published numbers of image tokens, and the tokenizers of both generations."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    siglip = SiglipVisionModel(SiglipVisionConfig(image_size=32, patch_size=4, **sizes)).eval()
+    clip = CLIPVisionModel(CLIPVisionConfig(image_size=28, patch_size=2, **sizes)).eval()
+    for tower, processor in ((siglip, SiglipImageProcessorPil(size={"height": 32, "width": 32})),
+                             (clip, CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28))):  # fmt: skip
+        for parameter in tower.parameters():  # norms at their initial 1 and 0 would hide a mix-up
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        tower.save_pretrained(folder / tower.config.model_type)
+        processor.save_pretrained(folder / tower.config.model_type)
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(
+        models.BPE({t: i for i, t in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}, [])
+    )
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.add_special_tokens(specials)
+    names = {"pad_token": specials[0], "bos_token": specials[1], "eos_token": specials[2]}
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(folder / "second")
+    PreTrainedTokenizerFast.from_pretrained(ROOT).save_pretrained(folder / "third")
+    return {"folder": folder, "mlp": siglip, "linear": clip}
+
+
+def options(name, parts, out):
+    projector, normed, *_ = FORMATS[name]
+    tower = ["--vision_model", str(parts["folder"] / parts[projector].config.model_type)] if projector else []
+    return ["--tokenizer", str(parts["folder"] / ("third" if normed else "second")), *tower, "--out", str(out)]
+
+
+def make(name, parts, tmp_path, file="weights.pth", **sizes):
+    tensors = make_source(name, **sizes)
+    source = save(tmp_path / file, tensors)
+    main(["from_minimind", str(source), *options(name, parts, tmp_path / "out"), "--verify"])
+    return tensors, tmp_path / "out"
+
+
+def expected_logits(name, tensors, parts, ids, image_token_id, pixels):
+    """By the formulas, the picture's features by a tower that transformers built and nobody trimmed."""
+    tensors = {key: tensor.float() for key, tensor in tensors.items()}
+    config = read_config(tensors, {}, multimodal=True)
+    with torch.no_grad():
+        features = parts[FORMATS[name][0]](pixels).last_hidden_state
+    features = features[:, 1:] if FORMATS[name][0] == "linear" else features
+    return formulas.logits(tensors, config, ids, image_token_id, features)
+
+
+def prompt(model, pictures):
+    ids = torch.arange(20, 60).remainder(200) + 3
+    picture = torch.full((model.config.image_seq_length,), model.config.image_token_id)
+    pieces = [piece for i in range(pictures) for piece in (picture, ids[i : i + 5])]
+    return torch.cat([ids[:3], *pieces, ids[20:]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("file", ["weights.pth", "weights.bin", "weights.safetensors", "folder"])
+@pytest.mark.parametrize("name", PICTURED)
+def test_minimind_v_gives_the_same_logits_and_goes_back_bit_for_bit(name, file, parts, tmp_path, capsys):
+    tensors, out = make(name, parts, tmp_path, file)
+    assert "picture and text: largest logit difference" in capsys.readouterr().out
+    model, processor = load_trained(out)
+    vocabulary, size = len(tensors["lm_head.weight"]), model.config.vision_config.image_size
+    for pictures in (0, 1, 2):
+        ids, pixels = prompt(model, pictures), make_pixels(pictures, size=size) if pictures else None
+        expected = (
+            expected_logits(name, tensors, parts, ids, model.config.image_token_id, pixels)
+            if pictures
+            else formulas.logits(tensors, read_config(tensors, {}, True), ids)
+        )
+        same(model(input_ids=ids[None], pixel_values=pixels).logits[0, :, :vocabulary], expected)
+    main(["to_minimind", str(out), "--out", str(tmp_path / "back"), "--verify"])
+    back = torch.load(next((tmp_path / "back").glob("*.pth")), weights_only=True)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], tensors[key]) and back[key].dtype == tensors[key].dtype for key in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", PICTURED)
+def test_half_precision_stays_as_it_is(name, dtype, parts, tmp_path):
+    tensors, out = make(name, parts, tmp_path, dtype=dtype)
+    assert load_trained(out)[0].dtype == dtype
+    main(["to_minimind", str(out), "--out", str(tmp_path / "back"), "--verify"])
+    back = torch.load(next((tmp_path / "back").glob("*.pth")), weights_only=True)
+    assert all(torch.equal(back[key], tensors[key]) and back[key].dtype == dtype for key in tensors)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, kind", [("minimind-3", "Qwen3"), ("minimind-3-moe", "Qwen3Moe"), ("minimind2", "Llama")]
+)
+def test_a_language_model_becomes_a_decoder_that_transformers_knows(name, kind, parts, tmp_path):
+    tensors, out = make(name, parts, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
+    assert type(model).__name__ == f"{kind}ForCausalLM"
+    ids = torch.arange(3, 40)
+    same(model(input_ids=ids[None]).logits[0], formulas.logits(tensors, read_config(tensors, {}, False), ids))
+    before = AutoTokenizer.from_pretrained(parts["folder"] / ("third" if FORMATS[name][1] else "second"))
+    after = AutoTokenizer.from_pretrained(out)
+    assert after.get_vocab() == before.get_vocab() and after.chat_template == before.chat_template
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PICTURED)
+def test_a_model_made_here_runs_there(name, parts, tmp_path):
+    """Its tensors, by MiniMind's names and formulas, give its logits, though none of them came from there."""
+    make(name, parts, tmp_path)
+    model, processor = load_trained(tmp_path / "out")
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "trained")
+    processor.save_pretrained(tmp_path / "trained")
+    main(["to_minimind", str(tmp_path / "trained"), "--out", str(tmp_path / "there"), "--verify"])
+    tensors = torch.load(next((tmp_path / "there").glob("*.pth")), weights_only=True)
+    kind = FORMATS[name][0]
+    tower = type(parts[kind]).from_pretrained(tmp_path / "there" / "vision_model").eval()
+    size = model.config.vision_config.image_size
+    ids, pixels = prompt(model, 1), make_pixels(1, size=size)
+    expected = expected_logits(name, tensors, {kind: tower}, ids, model.config.image_token_id, pixels)
+    same(model(input_ids=ids[None], pixel_values=pixels).logits[0, :, : len(tensors["lm_head.weight"])], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name, parts, tmp_path):
+    hidden, layers, width = PUBLISHED[name]
+    sizes = {"hidden": hidden, "layers": layers, "width": width, "vocabulary": 6400}
+    tensors = make_source(name.replace("-small", ""), **sizes)
+    torch.save(tensors, tmp_path / "weights.pth")
+    base = name.replace("-small", "")
+    main(["from_minimind", str(tmp_path / "weights.pth"), *options(base, parts, tmp_path / "out"), "--verify"])
+    main(["to_minimind", str(tmp_path / "out"), "--out", str(tmp_path / "back"), "--verify"])
+    back = torch.load(next((tmp_path / "back").glob("*.pth")), weights_only=True)
+    assert all(torch.equal(back[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("name", PICTURED)
+def test_prompts_and_pictures_are_minimind_s(name, parts, tmp_path, picture):
+    make(name, parts, tmp_path)
+    _, processor = load_trained(tmp_path / "out")
+    content = [{"type": "image"}, {"type": "text", "text": "What is me@here.org?"}]
+    turns = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    question = "<|im_start|>user\n<|image_pad|>\nWhat is me@here.org?<|im_end|>\n<|im_start|>assistant\n"
+    if FORMATS[name][0] == "linear":
+        assert text == "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n" + question
+    else:
+        assert text == question + "<think>\n\n</think>\n\n"
+    system = [{"role": "system", "content": "Be brief."}]
+    assert processor.apply_chat_template(system + turns).startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"
+    )
+    answered = processor.apply_chat_template([*turns, {"role": "assistant", "content": "a cat"}])
+    assert answered == text + "a cat<|im_end|>\n"  # a conversation goes on where the answer was
+    inputs = processor(text=[text], images=[picture()], return_tensors="pt")
+    tokens = {"mlp": 64, "linear": 196}[FORMATS[name][0]]
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == tokens
+    kind = {"mlp": SiglipImageProcessorPil, "linear": CLIPImageProcessorPil}[FORMATS[name][0]]
+    theirs = kind.from_pretrained(parts["folder"] / parts[FORMATS[name][0]].config.model_type)
+    same(inputs["pixel_values"], theirs(picture(), return_tensors="pt")["pixel_values"])
+
+
+@pytest.mark.parametrize("name", PICTURED)
+def test_a_converted_model_can_be_trained_and_asked(name, parts, tmp_path, data, picture):
+    _, out = make(name, parts, tmp_path)
+    train = ["--model", str(out), "--data", data, "--batch_size", "4", "--max_steps", "2", "--device", "cpu"]
+    final = train_accelerate.main([*train, "--workers", "0", "--output_dir", str(tmp_path / "run")])
+    model, processor = load_trained(final)
+    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is this?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    answer = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert 1 <= len(answer) <= 6 and model.config.image_token_id not in answer
+    main(["to_minimind", str(final), "--out", str(tmp_path / "back"), "--verify"])
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def fails(command, out):
+    """What is said, in one message and no traceback; nothing is left of what was begun."""
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert not out.exists() and not list(out.parent.glob("*.partial"))
+    return str(stopped.value)
+
+
+def spoil(tensors, how):
+    if how == "extra":
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+    elif how == "missing":
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+    elif how == "size":
+        tensors["vision_proj.mlp.3.weight"] = torch.zeros(32, 31)
+    elif how == "layer":
+        tensors["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(32, 32)
+    elif how == "head":
+        tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ("extra", r"model.layers.0.self_attn.q_proj.bias (32,) has no place here"),
+        ("missing", "model.layers.1.mlp.up_proj.weight is missing"),
+        ("size", "vision_proj.mlp.3.weight has shape (32, 31) instead of (32, 32)"),
+        ("layer", "model.layers.1.self_attn.k_proj.weight has shape (32, 32) instead of (16, 32)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_listed(how, said, parts, tmp_path):
+    tensors = make_source("minimind-3v")
+    spoil(tensors, how)
+    source, out = save(tmp_path / "weights.pth", tensors), tmp_path / "out"
+    assert said in fails(["from_minimind", str(source), *options("minimind-3v", parts, out)], out)
+
+
+@torch.no_grad()
+def test_an_untied_head_is_kept_unless_the_config_denies_it(parts, tmp_path):
+    tensors, out = make_source("minimind-3v"), tmp_path / "out"
+    spoil(tensors, "head")
+    source = save(tmp_path / "folder", tensors)
+    (source / "config.json").write_text('{"tie_word_embeddings": true}')
+    assert "config.json says tie_word_embeddings" in fails(
+        ["from_minimind", str(source), *options("minimind-3v", parts, out)], out
+    )
+    (source / "config.json").write_text('{"tie_word_embeddings": false}')
+    main(["from_minimind", str(source), *options("minimind-3v", parts, out), "--verify"])
+    assert torch.equal(load_trained(out)[0].lm_head.weight, tensors["lm_head.weight"])
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code that ran",))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_is_cut_short_is_refused(suffix, parts, tmp_path):
+    source, out = save(tmp_path / f"weights{suffix}", make_source("minimind-3v")), tmp_path / "out"
+    source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
+    command = ["from_minimind", str(source), *options("minimind-3v", parts, out)]
+    assert "is no whole" in fails(command, out) and "again" in fails(command, out)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (Evil(), "could run code: it is not loaded"),
+        ({"model": {"a": torch.zeros(1)}, "step": 3}, "holds other things than tensors: model, step"),
+        ([torch.zeros(1)], "holds other things than tensors: list"),
+        ({"tok_embeddings.weight": torch.zeros(2, 2)}, "not the weights of a MiniMind of April 2025 or later"),
+    ],
+)
+def test_a_pickle_of_anything_else_is_refused_and_not_run(content, said, parts, tmp_path, capsys):
+    out = tmp_path / "out"
+    torch.save(content, tmp_path / "weights.pth")
+    assert said in fails(["from_minimind", str(tmp_path / "weights.pth"), *options("minimind-3v", parts, out)], out)
+    assert "code that ran" not in capsys.readouterr().out
+
+
+def test_what_is_missing_or_in_the_way_is_named(parts, tmp_path):
+    source, out = save(tmp_path / "weights.pth", make_source("minimind-3v")), tmp_path / "out"
+    good = ["from_minimind", str(source), *options("minimind-3v", parts, out)]
+
+    def without(option, *instead):
+        place = good.index(option)
+        return [*good[:place], *instead, *good[place + 2 :]]
+
+    assert "holds no vision tower" in fails(without("--vision_model"), out)
+    assert "neither a folder with a model" in fails(without("--vision_model", "--vision_model", "no/such"), out)
+    assert "a file without a tokenizer" in fails(without("--tokenizer"), out)
+    clip = str(parts["folder"] / "clip_vision_model")
+    assert "was trained on 'siglip_vision_model'" in fails(without("--vision_model", "--vision_model", clip), out)
+    assert "no such file or folder" in fails(["from_minimind", str(tmp_path / "none"), "--out", str(out)], out)
+    (tmp_path / "lfs.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in fails(["from_minimind", str(tmp_path / "lfs.pth"), *good[2:]], out)
+    (tmp_path / "empty").mkdir()
+    assert "no weights" in fails(["from_minimind", str(tmp_path / "empty"), *good[2:]], out)
+    folder = save(tmp_path / "folder", make_source("minimind-3v"))
+    (folder / "config.json").write_text('{"hidden_size": 512, "image_ids": [12]}')
+    assert "hidden_size=512 (the weights have 32)" in fails(["from_minimind", str(folder), *good[2:]], out)
+    (folder / "config.json").write_text('{"image_token_len": 196}')
+    assert "makes 64 features of a picture, config.json says 196" in fails(
+        ["from_minimind", str(folder), *good[2:]], out
+    )
+    (folder / "config.json").write_text('{"inference_rope_scaling": true}')
+    assert "scales RoPE" in fails(["from_minimind", str(folder), *good[2:]], out)
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    with pytest.raises(SystemExit, match="exists. Choose another --out"):
+        main(good)
+    assert (out / "mine").read_text() == "kept"
+
+
+def test_weights_that_do_not_verify_are_not_kept(parts, tmp_path, monkeypatch):
+    source, out = save(tmp_path / "weights.pth", make_source("minimind-3v")), tmp_path / "out"
+    monkeypatch.setattr(formulas, "silu", torch.nn.functional.gelu)
+    command = ["from_minimind", str(source), *options("minimind-3v", parts, out), "--verify"]
+    assert "logits and those of MiniMind's formulas differ" in fails(command, out)
+
+
+def test_what_minimind_v_cannot_express_is_not_written(tmp_path, parts):
+    out = tmp_path / "out"
+    said = fails(["to_minimind", str(ROOT), "--out", str(out)], out)
+    assert "projector_layer_norm=False" in said and "not 'siglip_vision_model'" in said
+    assert "neither a folder" in fails(["to_minimind", str(tmp_path / "none"), "--out", str(out)], out)
