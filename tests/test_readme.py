@@ -21,6 +21,7 @@ SHORTER = {
     "accelerate launch": ["--max_steps", "1", "--max_rows", "64", "--batch_size", "2", "--eval_limit", "4"],
     "python train_accelerate.py --model": [],
     "python -m scripts.preview": ["--rows", "20"],
+    "python -m scripts.convert": [],
 }
 
 

@@ -90,7 +90,7 @@ def convert(args: argparse.Namespace) -> list[str]:
         return from_minimind(args.source, args.out, **options, verify=args.verify)
     check_sources(TrainArgs(model=args.source))
     if args.command == "to_onnx":
-        from scripts.convert.onnx_export import to_onnx  # needs the extra `onnx`
+        from scripts.convert.to_onnx import to_onnx  # needs the extra `onnx`
 
         return to_onnx(args.source, args.out, args.verify)
     function = {"to_minimind": to_minimind, "to_llava": to_llava, "to_causal_lm": to_causal_lm}
