@@ -84,23 +84,23 @@ def build(args: TrainArgs) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProc
 def model_from_scratch(args: TrainArgs):
     """Configuration of `model_config`, its parts those that are named, and the tokenizer that it has room for."""
     register_config()  # or AutoTokenizer would ask to run the configuration's code beside a tokenizer of ours
-    published = AutoConfig.from_pretrained(args.text_model) if args.text_model else None
-    if published and not hasattr(published, "vocab_size"):
+    text = AutoConfig.from_pretrained(args.text_model) if args.text_model else None
+    if text and not hasattr(text, "vocab_size"):
         raise ValueError(
-            f"--text_model {args.text_model} is of type {published.model_type!r}, which is not a causal decoder. Name "
-            "a language model."
+            f"--text_model {args.text_model} is of type {text.model_type!r}, which is not a causal decoder. Name a "
+            "language model."
         )
     tokenizer = prepare_tokenizer(args.tokenizer or args.text_model or str(ROOT))
     options = dict(args.model_config or {})
-    if published:
-        check_agrees("text", args.text_model, options.get("text_config"), published)
-        published.vocab_size = max(published.vocab_size, len(tokenizer))
-        options |= {"text_config": published, "tie_word_embeddings": published.tie_word_embeddings}
+    if text:
+        check_agrees("text", args.text_model, options.get("text_config"), text)
+        text.vocab_size = max(text.vocab_size, len(tokenizer))
+        options |= {"text_config": text, "tie_word_embeddings": text.tie_word_embeddings}
     if args.vision_model:
-        published = AutoConfig.from_pretrained(args.vision_model)
-        published = getattr(published, "vision_config", published)
-        check_agrees("vision", args.vision_model, options.get("vision_config"), published)
-        options["vision_config"] = published
+        vision = AutoConfig.from_pretrained(args.vision_model)
+        vision = getattr(vision, "vision_config", vision)
+        check_agrees("vision", args.vision_model, options.get("vision_config"), vision)
+        options["vision_config"] = vision
     options["image_token_id"] = tokenizer.convert_tokens_to_ids(IMAGE)
     config = MiniVLMConfig(**options)
     if config.text_config.vocab_size < len(tokenizer):

@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> Path:
     args = parser.parse_args(argv)
     recipe = parse_args(["--recipe", args.recipe])
     recipe.optimizer, recipe.learning_rate = "muon", args.learning_rate
+    recipe.vision_model = None  # of which this is to be the making
     rows = keep_rows(load_rows(args.data), recipe.keep or {})
     if "concept" not in rows.column_names:
         parser.error(f"{' '.join(args.data)}: no column 'concept' to learn from. Has: {', '.join(rows.column_names)}.")

@@ -278,6 +278,21 @@ def test_a_converted_model_can_be_trained_and_asked(name, parts, tmp_path, data,
     main(["to_minimind", str(final), "--out", str(tmp_path / "back"), "--verify"])
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_weights_do_not_show_is_as_published(name):
+    """The formulas read these from the same configuration, so no comparison of logits would find one wrong."""
+    config = read_config(make_source(name), {}, multimodal=True)
+    assert config.rms_norm_eps == (1e-6 if FORMATS[name][1] else 1e-5)
+    assert config.rope_parameters["rope_theta"] == 1e6 and config.hidden_act == "silu"
+    assert (config.num_attention_heads, config.num_key_value_heads) == (8, FORMATS[name][3])
+    if FORMATS[name][2]:
+        assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (4, 1, True)
+    stated = {"rms_norm_eps": 1e-4, "rope_theta": 5e5, "max_position_embeddings": 64}
+    config = read_config(make_source(name), stated, multimodal=True)
+    assert (config.rms_norm_eps, config.rope_parameters["rope_theta"]) == (1e-4, 5e5)
+    assert config.max_position_embeddings == 64
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
