@@ -305,9 +305,11 @@ def build_vision_tower(config: MiniVLMConfig) -> PreTrainedModel:
 
 @dataclass
 class MiniVLMModelOutputWithPast(BaseModelOutputWithPast):
-    """`image_hidden_states`: projected picture features, (N, I, D)."""
+    """`image_hidden_states`: projected picture features, (N, I, D). `router_logits`: if asked for and the decoder is a
+    mixture of experts, (B * T, experts) per block."""
 
     image_hidden_states: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor] | None = None
 
 
 @dataclass
@@ -320,6 +322,7 @@ class MiniVLMCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.FloatTensor] | None = None
     attentions: tuple[torch.FloatTensor] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor] | None = None
 
 
 class MiniVLMModel(MiniVLMPreTrainedModel):
@@ -494,6 +497,7 @@ class MiniVLMForConditionalGeneration(MiniVLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            router_logits=outputs.router_logits,
         )
 
 

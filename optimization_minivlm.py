@@ -134,6 +134,20 @@ def schedule(done: float, warmup: float, kind: str = "linear", final: float = 0.
     return rise * (final + (1 - final) * fall)
 
 
+def load_balance(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
+    """How unevenly a mixture's routers (logits (tokens, E) per block) use their experts, summed over blocks, ().
+
+    E * sum over experts of the share of tokens that are sent to one times the mean probability that it is given
+    (Switch Transformer, arXiv 2101.03961, equations 4 to 6): `top_k` per block if all are used alike, E at most.
+    """
+    total = 0.0
+    for logits in router_logits:
+        shares = logits.float().softmax(-1)  # (tokens, E)
+        sent = torch.zeros_like(shares).scatter(1, shares.topk(top_k).indices, 1.0)
+        total = total + shares.shape[1] * (sent.mean(0) * shares.mean(0)).sum()
+    return total
+
+
 class WeightAverage:
     """Exponential moving average of the learning weights (arXiv 1806.04498), in fp32 beside the model.
 

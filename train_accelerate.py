@@ -38,7 +38,7 @@ from batching_minivlm import (
 from checkpoints_minivlm import STOPPED, State, StopSignal, check_disk, resume, save_checkpoint, save_model
 from data_minivlm import CUT, IGNORE, Encoder, TrainingRows, describe_bad_rows
 from features_minivlm import CachedTower, FeatureCache
-from optimization_minivlm import WeightAverage, build_optimizers, check_gradients, freeze, schedule
+from optimization_minivlm import WeightAverage, build_optimizers, check_gradients, freeze, load_balance, schedule
 from options_minivlm import METRICS, TrainArgs, parse_args
 from reporting_minivlm import Reporter, contact_sheet, describe, run_name, write_run
 from scripts.adapters import add_lora
@@ -304,19 +304,26 @@ def take_step(run: Run, group: list[dict], totals: dict[str, int], done: float, 
     # Divide by the answer tokens of all ranks and micro-batches. A mean of micro-batch means would let a row with
     # three answer tokens pull as hard as one with three hundred.
     answers = torch.tensor(totals["answers"], device=device)
-    loss_sum = torch.zeros((), device=device)
+    loss_sum, imbalance = torch.zeros((), device=device), torch.zeros((), device=device)
+    text = accelerator.unwrap_model(run.model).config.text_config
+    routed = {"output_router_logits": True} if getattr(text, "num_experts", 0) else {}
     for i, batch in enumerate(group):
         tensors = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
         last = i == len(group) - 1
         with nullcontext() if last or deepspeed else accelerator.no_sync(run.model):
             labels = tensors["shift_labels"]
             with accelerator.autocast():
-                outputs = run.model(**tensors, labels=labels, use_cache=False, num_items_in_batch=answers)
+                outputs = run.model(**tensors, labels=labels, use_cache=False, num_items_in_batch=answers, **routed)
             loss = outputs.loss
             loss_sum += loss.detach()
             if args.z_loss:
                 log_partition = outputs.logits.float().logsumexp(-1)[labels != IGNORE]  # (K,)
                 loss = loss + args.z_loss * log_partition.square().sum() / answers
+            if outputs.router_logits:  # or a mixture soon asks one expert for everything
+                share = (labels != IGNORE).sum() / answers  # of this micro-batch in the step
+                balance = share * load_balance(outputs.router_logits, text.num_experts_per_tok)
+                imbalance += balance.detach()
+                loss = loss + text.router_aux_loss_coef * balance
             loss = loss * accelerator.num_processes  # undo the mean that DDP, FSDP and ZeRO take over ranks
             if deepspeed:  # its engine steps within the backward pass, so this is the last chance to look
                 if last:
@@ -339,7 +346,10 @@ def take_step(run: Run, group: list[dict], totals: dict[str, int], done: float, 
         optimizer.zero_grad()
     if run.average:
         run.average.update()
-    return {"loss": loss, "grad_norm": norm, "lr": args.learning_rate * factor}
+    figures = {"loss": loss, "grad_norm": norm, "lr": args.learning_rate * factor}
+    if routed:
+        figures["imbalance"] = accelerator.reduce(imbalance, "sum").item() / text.num_hidden_layers
+    return figures
 
 
 def check_finite(run: Run, group: list[dict], value: float) -> None:

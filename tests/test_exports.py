@@ -19,6 +19,7 @@ CASES = {
     "clip, class token kept": {"vision_feature_select_strategy": "full"},
     "siglip, last block": {"vision": SIGLIP, "vision_feature_layer": -1},
     "siglip, one before": {"vision": SIGLIP, "vision_feature_layer": -2},
+    "another activation": {"projector_hidden_act": "silu"},
     "dino": {"vision": DINO, "vision_feature_layer": -1},
     "untied, no bias": {"tie_word_embeddings": False, "multimodal_projector_bias": False},
     "yarn": {"text": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,

@@ -8,12 +8,12 @@ import torch
 from accelerate.utils import memory
 from safetensors.torch import load_file
 from test_training import TINY, losses, run
-from tiny import make_model, make_pixels, make_processor, make_prompt
+from tiny import TEXT, VISION, make_model, make_pixels, make_processor, make_prompt
 
 import train_accelerate
 from batching_minivlm import PaddingCollator
 from data_minivlm import Encoder
-from optimization_minivlm import WeightAverage, build_optimizers, freeze, part_of, schedule
+from optimization_minivlm import WeightAverage, build_optimizers, freeze, load_balance, part_of, schedule
 from options_minivlm import parse_args
 from reporting_minivlm import Work
 from scripts.plot import main as plot_main
@@ -93,6 +93,35 @@ def test_z_loss_pulls_the_log_partition_to_zero(data, tmp_path):
     run(data, tmp_path / "z", "--max_steps", "8", "--z_loss", "0.1")
     assert losses(tmp_path / "plain")[0] == losses(tmp_path / "z")[0]  # the reported loss is without it
     assert losses(tmp_path / "plain")[-1] != losses(tmp_path / "z")[-1]
+
+
+def test_experts_are_used_alike(data, tmp_path):
+    """Without the balancing term a mixture forgets experts; with it, it learns and is spread more evenly."""
+    logs = {}
+    for coefficient in (0.0, 1.0):
+        text = TEXT | {"model_type": "qwen3_moe", "vocab_size": 6400, "num_experts": 4, "num_experts_per_tok": 1}
+        text |= {"moe_intermediate_size": 32, "norm_topk_prob": True, "router_aux_loss_coef": coefficient}
+        config = json.dumps({"vision_config": VISION, "text_config": text})
+        options = [*TINY[2:], "--model_config", config, "--data", data, "--batch_size", "8", "--max_steps", "25"]
+        train_accelerate.main([*options, "--output_dir", str(tmp_path / str(coefficient))])
+        lines = (tmp_path / str(coefficient) / "log.jsonl").read_text().splitlines()
+        logs[coefficient] = [json.loads(line) for line in lines]
+    free, balanced = logs[0.0], logs[1.0]
+    assert free[0]["loss"] == balanced[0]["loss"]  # the reported loss is without the term
+    assert 1 <= balanced[-1]["imbalance"] < free[-1]["imbalance"] <= 4
+    assert balanced[-1]["loss"] < balanced[0]["loss"]
+
+
+def test_balance_is_that_of_the_paper():
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    logits = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0))
+    for top_k in (1, 2):
+        expected = sum(load_balancing_loss_func((block,), 4, top_k) for block in logits)  # theirs pools the blocks
+        torch.testing.assert_close(load_balance(tuple(logits), top_k), expected)
+    even = torch.eye(4).repeat(5, 1) * 50
+    assert load_balance((even,), 1).item() == pytest.approx(1)
+    assert load_balance((torch.tensor([[50.0, 0, 0, 0]]),), 1).item() == pytest.approx(4)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(data, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from transformers import set_seed
 
 from backbones_minivlm import build, check_sources
 from options_minivlm import TrainArgs
-from scripts.convert.files import new_folder
+from scripts.convert.files import check_free, new_folder
 from scripts.convert.from_minimind import from_minimind
 from scripts.convert.llava import to_causal_lm, to_llava
 from scripts.convert.to_minimind import to_minimind
@@ -83,6 +83,7 @@ def join(args: argparse.Namespace) -> list[str]:
 
 
 def convert(args: argparse.Namespace) -> list[str]:
+    check_free(args.out)  # before anything is loaded
     if args.command == "build":
         return join(args)
     if args.command == "from_minimind":

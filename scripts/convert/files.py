@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` once all is written, and nothing if that fails.
-
-    Raises:
-        ValueError: `path` exists and is not empty; nothing of a user is written over.
-    """
-    path = Path(path)
+def check_free(path: Path) -> None:
+    """Raises ValueError if `path` exists and is not empty: nothing of a user is written over."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists. Choose another --out, or move it away.")
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` once all is written, and nothing if that fails."""
+    path = Path(path)
+    check_free(path)
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

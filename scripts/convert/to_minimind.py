@@ -88,6 +88,8 @@ def check_expressible(config: MiniVLMConfig) -> str:
         or config.vision_feature_select_strategy == "default",
         f"a tower of type {tower!r}, not {TOWERS[kind]!r}": tower == TOWERS[kind],
         f"a decoder of type {text.model_type!r}, not {' or '.join(decoders)}": text.model_type in decoders,
+        "heads wider than their share of the decoder": kind == "mlp"
+        or text.head_dim * text.num_attention_heads == text.hidden_size,
         "biases in the decoder": not getattr(text, "attention_bias", False) and not getattr(text, "mlp_bias", False),
         "scaled RoPE": (text.rope_parameters or {}).get("rope_type") == "default",
         "sliding windows": "sliding_attention" not in (getattr(text, "layer_types", None) or ()),
@@ -115,6 +117,4 @@ def assumptions(stated: dict, projector: str) -> list[str]:
         assumed |= {"num_key_value_heads": 2, "intermediate_size": -(-(hidden * 8 // 3) // 64) * 64}
         assumed |= {"rms_norm_eps": 1e-5, "image_token_len": 196}
     differing = [f"{key}={stated[key]}" for key, value in assumed.items() if stated.get(key, value) != value]
-    return (
-        [f"MiniMind-V's scripts assume other values: give its VLMConfig {', '.join(differing)}"] if differing else []
-    )
+    return [f"MiniMind-V's scripts assume other sizes: give its VLMConfig {', '.join(differing)}"] if differing else []
