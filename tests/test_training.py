@@ -132,9 +132,9 @@ def test_a_trained_tower_is_taken_over(data, tmp_path):
 
 def test_demo_runs_from_nothing_to_a_contact_sheet(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # compiling takes longer than this whole test
     monkeypatch.setattr(demo, "evaluate", lambda model, processor, rows: evaluate(model, processor, rows, limit=20))
-    demo.main(["--minutes", "0.1", "--output_dir", str(tmp_path)])
+    with torch._dynamo.config.patch(disable=True):  # compiling takes longer than this whole test
+        demo.main(["--minutes", "0.1", "--output_dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert out.count("truth: ") == sum(demo.SHOWN.values()) and "exact match" in out
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
