@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-from test_convert import fails
+from test_convert import fails, train_and_ask
 from test_recipes import plain_tokenizer
 from tiny import ROOT, make_pixels
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-import train_accelerate
 from scripts.convert.__main__ import main
 from scripts.evaluate import load_trained
 
@@ -71,19 +70,7 @@ def test_every_family_is_joined_trained_and_asked(tower, decoder, published, dat
     eyes = AutoModel.from_pretrained(tower)
     for name, weight in model.model.vision_tower.state_dict().items():
         assert torch.equal(weight, eyes.state_dict()[name]), name
-    final = train_accelerate.main(
-        ["--model", str(out), "--data", data, "--batch_size", "4", "--max_steps", "2", "--workers", "0"]
-        + ["--device", "cpu", "--output_dir", str(tmp_path / "run")]
-    )
-    trained, processor = load_trained(final)
-    assert not torch.equal(trained.get_input_embeddings().weight, rows)
-    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is this?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
-        return_tensors="pt",
-    )  # fmt: skip
-    answer = trained.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert 1 <= len(answer) <= 5 and model.config.image_token_id not in answer
+    train_and_ask(out, data, picture(), tmp_path)
 
 
 def test_a_built_folder_is_a_repository(published, tmp_path):

@@ -202,6 +202,14 @@ def test_a_language_model_becomes_a_decoder_that_transformers_knows(name, kind, 
     assert after.get_vocab() == before.get_vocab() and after.chat_template == before.chat_template
 
 
+@pytest.mark.parametrize("name", ["minimind-3", "minimind-3-moe", "minimind2"])
+def test_a_converted_language_model_gets_eyes(name, parts, tmp_path, data, picture):
+    _, decoder = make(name, parts, tmp_path)
+    tower = ["--vision_model", str(parts["folder"] / "siglip_vision_model")]
+    main(["build", *tower, "--text_model", str(decoder), "--out", str(tmp_path / "joined")])
+    train_and_ask(tmp_path / "joined", data, picture(), tmp_path)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", PICTURED)
 def test_a_model_made_here_runs_there(name, parts, tmp_path):
@@ -262,19 +270,27 @@ def test_prompts_and_pictures_are_minimind_s(name, parts, tmp_path, picture):
     same(inputs["pixel_values"], theirs(picture(), return_tensors="pt")["pixel_values"])
 
 
-@pytest.mark.parametrize("name", PICTURED)
-def test_a_converted_model_can_be_trained_and_asked(name, parts, tmp_path, data, picture):
-    _, out = make(name, parts, tmp_path)
-    train = ["--model", str(out), "--data", data, "--batch_size", "4", "--max_steps", "2", "--device", "cpu"]
+def train_and_ask(folder, data, picture, tmp_path):
+    """Two steps, and an answer to a question about a picture; returns the trained folder."""
+    train = ["--model", str(folder), "--data", data, "--batch_size", "4", "--max_steps", "2", "--device", "cpu"]
     final = train_accelerate.main([*train, "--workers", "0", "--output_dir", str(tmp_path / "run")])
+    before, _ = load_trained(folder)
     model, processor = load_trained(final)
-    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is this?"}]
+    assert not torch.equal(before.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
     )  # fmt: skip
     answer = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert 1 <= len(answer) <= 6 and model.config.image_token_id not in answer
+    return final
+
+
+@pytest.mark.parametrize("name", PICTURED)
+def test_a_converted_model_can_be_trained_and_asked(name, parts, tmp_path, data, picture):
+    _, out = make(name, parts, tmp_path)
+    final = train_and_ask(out, data, picture(), tmp_path)
     main(["to_minimind", str(final), "--out", str(tmp_path / "back"), "--verify"])
 
 
