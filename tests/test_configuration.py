@@ -11,9 +11,9 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tiny import ROOT, TEXT, VISION, make_config, make_model, make_pixels, make_prompt
-from transformers import AutoConfig, Dinov2Config, LlamaConfig, Qwen3Config, SiglipVisionConfig
+from transformers import Dinov2Config, LlamaConfig, Qwen3Config, SiglipVisionConfig
 
-from configuration_minivlm import MiniVLMConfig, MiniVLMTextConfig
+from configuration_minivlm import MiniVLMConfig
 
 REFUSED = {
     "odd head_dim": (dict(text={"head_dim": 15}), ["`head_dim`=15", "even"]),
@@ -94,12 +94,15 @@ def test_saved_config_names_every_remote_class(tmp_path):
 
 
 def test_only_the_text_config_is_registered():
-    assert isinstance(AutoConfig.for_model("minivlm_text"), MiniVLMTextConfig)
-    # Else trust_remote_code=False would not refuse a download. In a process of its own: other tests do register it.
+    """Else trust_remote_code=False would not refuse a download. In a process of its own: other tests register both."""
     code = (
-        "import modeling_minivlm, processing_minivlm; from transformers import AutoConfig as A; A.for_model('minivlm')"
+        "import modeling_minivlm, processing_minivlm\n"
+        "from transformers import AutoConfig\n"
+        "print(type(AutoConfig.for_model('minivlm_text')))\n"
+        "AutoConfig.for_model('minivlm')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "<class 'configuration_minivlm.MiniVLMTextConfig'>\n"
     assert done.returncode == 1 and "Unrecognized model identifier: minivlm" in done.stderr
 
 
