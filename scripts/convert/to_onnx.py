@@ -69,6 +69,8 @@ class Decoder(nn.Module):
 
 def every_expert(self, hidden_states, top_k_index, top_k_weights):
     """All experts of a mixture on all tokens (S, D), most with a share of 0: no shape depends on the routing."""
+    if getattr(self, "has_bias", False) or getattr(self, "is_transposed", False):
+        raise RuntimeError("its experts have biases or transposed matrices")
     shares = hidden_states.new_zeros(hidden_states.shape[0], self.num_experts).scatter(1, top_k_index, top_k_weights)
     inner = self._apply_gate(hidden_states @ self.gate_up_proj.transpose(1, 2))  # (experts, S, I)
     return (inner @ self.down_proj.transpose(1, 2) * shares.T.unsqueeze(-1)).sum(0)
@@ -102,9 +104,9 @@ def export(model: MiniVLMForConditionalGeneration, folder: Path) -> None:
     (folder / "onnx").mkdir()
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision is absent
     model.set_attn_implementation("eager")  # an explicit mask in the graph, at any length of the cache
-    ALL_EXPERTS_FUNCTIONS.register("every_expert", every_expert)
-    model.config.text_config._experts_implementation = "every_expert"
     config, size = model.config.text_config, model.config.vision_config.image_size
+    ALL_EXPERTS_FUNCTIONS.register("every_expert", every_expert)
+    own_experts, config._experts_implementation = config._experts_implementation, "every_expert"
     heads = config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     blocks = range(config.num_hidden_layers)
@@ -165,6 +167,7 @@ def export(model: MiniVLMForConditionalGeneration, folder: Path) -> None:
             family = model.config.vision_config.model_type if name == VISION else config.model_type
             reason = str(error.__cause__ or error).strip().split("\n")[0]
             raise ValueError(f"torch's exporter cannot trace the {name} of type {family!r}: {reason}") from None
+    config._experts_implementation = own_experts  # what the graphs are compared with
 
 
 def generate(folder: str | Path, inputs: dict[str, np.ndarray], max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
