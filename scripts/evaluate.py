@@ -40,6 +40,12 @@ def register_config() -> None:
 
 def load_trained(path: str | Path) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProcessor]:
     """Model and processor of a folder or Hub id, run by this checkout's code and not by the code saved beside them."""
+    model_type = MiniVLMConfig.get_config_dict(path)[0].get("model_type")
+    if model_type != "minivlm":
+        raise ValueError(
+            f"{path} is of type {model_type!r}, not a MiniVLM. Make one of it, and of what it lacks, by "
+            "python -m scripts.convert."
+        )
     register_config()
     return MiniVLMForConditionalGeneration.from_pretrained(path), MiniVLMProcessor.from_pretrained(path)
 

@@ -103,6 +103,17 @@ def test_what_cannot_be_joined_is_refused_before_anything_is_written(published, 
     assert "`pixel_shuffle_factor`=3 does not divide the 2 x 2 patch grid" in said
 
 
+def test_a_model_that_is_none_of_ours_is_refused(published, tmp_path, capsys):
+    for command in ("to_minimind", "to_llava", "to_causal_lm", "to_onnx"):
+        said = fails([command, str(published("llama")), "--out", str(tmp_path / "out")], tmp_path / "out")
+        assert "is of type 'llama', not a MiniVLM" in said
+    for text, problem in (("{bad", "is no JSON"), ("[1]", "is no mapping")):
+        command = ["build", "--vision_model", "a", "--text_model", "b", "--out", "c", "--model_config", text]
+        with pytest.raises(SystemExit):
+            main(command)
+        assert problem in capsys.readouterr().err
+
+
 def test_help_shows_every_command(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])

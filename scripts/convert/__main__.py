@@ -35,6 +35,16 @@ SUMMARIES = {
 }
 
 
+def mapping(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no mapping. Write it as {{"pixel_shuffle_factor": 2}}.')
+    return value
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -48,7 +58,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             sub.add_argument("--text_model", required=True, help="Folder or Hub id of a causal language model.")
             sub.add_argument("--tokenizer", help="Folder or Hub id of the tokenizer. Default: that of text_model.")
             sub.add_argument(
-                "--model_config", type=json.loads, default={}, help="Other fields of MiniVLMConfig, as JSON."
+                "--model_config", type=mapping, default={}, help="Other fields of MiniVLMConfig, as JSON."
             )
             sub.add_argument("--seed", type=int, default=0, help="Seed of the projector's weights. Default: 0.")
         else:
