@@ -77,7 +77,7 @@ def test_an_answer_ends_where_the_model_s_does(exported, tmp_path):
     assert config.suppress_tokens[0] not in tokens and (tokens[0] == 5).sum() >= 8
 
 
-@pytest.mark.parametrize("decoder", ["gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize("decoder", [pytest.param("gemma3_text", marks=pytest.mark.slow), "qwen3_moe"])
 def test_decoders_of_other_families(decoder, published, tmp_path):  # noqa: F811
     parts = ["--vision_model", str(published("dinov2")), "--text_model", str(published(decoder))]
     main(["build", *parts, "--out", str(tmp_path / "ours")])
