@@ -1,4 +1,4 @@
-"""Fixtures of the tests; what they are made of stands in `tiny.py`."""
+"""Fixtures of the tests; what they are made of stands in `tiny.py` and `families.py`."""
 
 import os
 
@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test th
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from families import make_parts, publish  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_data import row, write  # noqa: E402
 from tiny import make_config, make_model, make_processor  # noqa: E402
@@ -38,6 +39,24 @@ def picture():
         return Image.fromarray(noise.numpy()).resize(size)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Towers and tokenizers that MiniMind-V's weights were trained with, by kind of projector."""
+    return make_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """`published(family)`: a folder with a tiny model of that family."""
+    folder = tmp_path_factory.mktemp("published")
+
+    def find(family):
+        path = folder / family
+        return path if path.exists() else publish(path, family)
+
+    return find
 
 
 @pytest.fixture(autouse=True)

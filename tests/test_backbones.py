@@ -4,55 +4,13 @@ import json
 
 import pytest
 import torch
+from families import DECODERS, SIZES, TOWERS
 from test_convert import fails, train_and_ask
-from test_recipes import plain_tokenizer
 from tiny import ROOT, make_pixels
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from scripts.convert.__main__ import main
 from scripts.evaluate import load_trained
-
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-TOWERS = {  # SigLIP 2 at a fixed resolution is published as SigLIP
-    "clip_vision_model": {"image_size": 32, "patch_size": 16},
-    "siglip_vision_model": {"image_size": 32, "patch_size": 16},
-    "dinov2": {"image_size": 28, "patch_size": 14},
-    "dinov2_with_registers": {"image_size": 28, "patch_size": 14, "num_register_tokens": 4},
-    "dinov3_vit": {"image_size": 32, "patch_size": 16, "num_register_tokens": 4},
-    "vit": {"image_size": 32, "patch_size": 16},
-}
-DECODERS = {  # SmolLM2 is published as Llama
-    "qwen3": {},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "llama": {},
-    "gemma2": {},
-    "gemma3_text": {},
-    "qwen2": {},
-}
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """`published(family)`: a folder with a tiny model of that family, as the Hub would give it."""
-    folder = tmp_path_factory.mktemp("published")
-
-    def make(family):
-        path = folder / family
-        if path.exists():
-            return path
-        torch.manual_seed(4)
-        if family in TOWERS:
-            AutoModel.from_config(AutoConfig.for_model(family, **SIZES, **TOWERS[family])).save_pretrained(path)
-            return path
-        tokenizer = plain_tokenizer()
-        sizes = SIZES | {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(tokenizer), "pad_token_id": 0}
-        config = AutoConfig.for_model(family, **sizes, **DECODERS[family])
-        AutoModelForCausalLM.from_config(config).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        return path
-
-    return make
-
 
 PAIRS = [(tower, "qwen3") for tower in TOWERS] + [("siglip_vision_model", decoder) for decoder in DECODERS][1:]
 

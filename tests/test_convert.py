@@ -5,18 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import ROOT, make_pixels, same
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny import make_pixels, same
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
 import train_accelerate
@@ -99,32 +93,6 @@ def save(path, tensors):
     return path
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """Towers with published numbers of image tokens, and the tokenizers of both generations."""
-    folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    siglip = SiglipVisionModel(SiglipVisionConfig(image_size=32, patch_size=4, **sizes)).eval()
-    clip = CLIPVisionModel(CLIPVisionConfig(image_size=28, patch_size=2, **sizes)).eval()
-    for tower, processor in ((siglip, SiglipImageProcessorPil(size={"height": 32, "width": 32})),
-                             (clip, CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28))):  # fmt: skip
-        for parameter in tower.parameters():  # norms at their initial 1 and 0 would hide a mix-up
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        tower.save_pretrained(folder / tower.config.model_type)
-        processor.save_pretrained(folder / tower.config.model_type)
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe = Tokenizer(
-        models.BPE({t: i for i, t in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}, [])
-    )
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.add_special_tokens(specials)
-    names = {"pad_token": specials[0], "bos_token": specials[1], "eos_token": specials[2]}
-    PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(folder / "second")
-    PreTrainedTokenizerFast.from_pretrained(ROOT).save_pretrained(folder / "third")
-    return {"folder": folder, "mlp": siglip, "linear": clip}
-
-
 def options(name, parts, out):
     projector, normed, *_ = FORMATS[name]
     tower = ["--vision_model", str(parts["folder"] / parts[projector].config.model_type)] if projector else []
@@ -136,6 +104,14 @@ def make(name, parts, tmp_path, file="weights.pth", **sizes):
     source = save(tmp_path / file, tensors)
     main(["from_minimind", str(source), *options(name, parts, tmp_path / "out"), "--verify"])
     return tensors, tmp_path / "out"
+
+
+def fails(command, out):
+    """What is said, in one message and no traceback; nothing is left of what was begun."""
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert not out.exists() and not list(out.parent.glob("*.partial"))
+    return str(stopped.value)
 
 
 def expected_logits(name, tensors, parts, ids, image_token_id, pixels):
@@ -307,134 +283,3 @@ def test_what_weights_do_not_show_is_as_published(name):
     config = read_config(make_source(name), stated, multimodal=True)
     assert (config.rms_norm_eps, config.rope_parameters["rope_theta"]) == (1e-4, 5e5)
     assert config.max_position_embeddings == 64
-
-
-# ------------------------------------------------------------------------------------------------------- bad input
-
-
-def fails(command, out):
-    """What is said, in one message and no traceback; nothing is left of what was begun."""
-    with pytest.raises(SystemExit) as stopped:
-        main(command)
-    assert not out.exists() and not list(out.parent.glob("*.partial"))
-    return str(stopped.value)
-
-
-def spoil(tensors, how):
-    if how == "extra":
-        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
-    elif how == "missing":
-        del tensors["model.layers.1.mlp.up_proj.weight"]
-    elif how == "size":
-        tensors["vision_proj.mlp.3.weight"] = torch.zeros(32, 31)
-    elif how == "layer":
-        tensors["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(32, 32)
-    elif how == "head":
-        tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
-
-
-@pytest.mark.parametrize(
-    "how, said",
-    [
-        ("extra", r"model.layers.0.self_attn.q_proj.bias (32,) has no place here"),
-        ("missing", "model.layers.1.mlp.up_proj.weight is missing"),
-        ("size", "vision_proj.mlp.3.weight has shape (32, 31) instead of (32, 32)"),
-        ("layer", "model.layers.1.self_attn.k_proj.weight has shape (32, 32) instead of (16, 32)"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_listed(how, said, parts, tmp_path):
-    tensors = make_source("minimind-3v")
-    spoil(tensors, how)
-    source, out = save(tmp_path / "weights.pth", tensors), tmp_path / "out"
-    assert said in fails(["from_minimind", str(source), *options("minimind-3v", parts, out)], out)
-
-
-@torch.no_grad()
-def test_an_untied_head_is_kept_unless_the_config_denies_it(parts, tmp_path):
-    tensors, out = make_source("minimind-3v"), tmp_path / "out"
-    spoil(tensors, "head")
-    source = save(tmp_path / "folder", tensors)
-    (source / "config.json").write_text('{"tie_word_embeddings": true}')
-    assert "config.json says tie_word_embeddings" in fails(
-        ["from_minimind", str(source), *options("minimind-3v", parts, out)], out
-    )
-    (source / "config.json").write_text('{"tie_word_embeddings": false}')
-    main(["from_minimind", str(source), *options("minimind-3v", parts, out), "--verify"])
-    assert torch.equal(load_trained(out)[0].lm_head.weight, tensors["lm_head.weight"])
-
-
-class Evil:
-    def __reduce__(self):
-        return (print, ("code that ran",))
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_file_that_is_cut_short_is_refused(suffix, parts, tmp_path):
-    source, out = save(tmp_path / f"weights{suffix}", make_source("minimind-3v")), tmp_path / "out"
-    source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
-    command = ["from_minimind", str(source), *options("minimind-3v", parts, out)]
-    assert "is no whole" in fails(command, out) and "again" in fails(command, out)
-
-
-@pytest.mark.parametrize(
-    "content, said",
-    [
-        (Evil(), "could run code: it is not loaded"),
-        ({"model": {"a": torch.zeros(1)}, "step": 3}, "holds other things than tensors: model, step"),
-        ([torch.zeros(1)], "holds other things than tensors: list"),
-        ({"tok_embeddings.weight": torch.zeros(2, 2)}, "not the weights of a MiniMind of April 2025 or later"),
-    ],
-)
-def test_a_pickle_of_anything_else_is_refused_and_not_run(content, said, parts, tmp_path, capsys):
-    out = tmp_path / "out"
-    torch.save(content, tmp_path / "weights.pth")
-    assert said in fails(["from_minimind", str(tmp_path / "weights.pth"), *options("minimind-3v", parts, out)], out)
-    assert "code that ran" not in capsys.readouterr().out
-
-
-def test_what_is_missing_or_in_the_way_is_named(parts, tmp_path):
-    source, out = save(tmp_path / "weights.pth", make_source("minimind-3v")), tmp_path / "out"
-    good = ["from_minimind", str(source), *options("minimind-3v", parts, out)]
-
-    def without(option, *instead):
-        place = good.index(option)
-        return [*good[:place], *instead, *good[place + 2 :]]
-
-    assert "holds no vision tower" in fails(without("--vision_model"), out)
-    assert "neither a folder with a model" in fails(without("--vision_model", "--vision_model", "no/such"), out)
-    assert "a file without a tokenizer" in fails(without("--tokenizer"), out)
-    clip = str(parts["folder"] / "clip_vision_model")
-    assert "was trained on 'siglip_vision_model'" in fails(without("--vision_model", "--vision_model", clip), out)
-    assert "no such file or folder" in fails(["from_minimind", str(tmp_path / "none"), "--out", str(out)], out)
-    (tmp_path / "lfs.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert "git lfs pull" in fails(["from_minimind", str(tmp_path / "lfs.pth"), *good[2:]], out)
-    (tmp_path / "empty").mkdir()
-    assert "no weights" in fails(["from_minimind", str(tmp_path / "empty"), *good[2:]], out)
-    folder = save(tmp_path / "folder", make_source("minimind-3v"))
-    (folder / "config.json").write_text('{"hidden_size": 512, "image_ids": [12]}')
-    assert "hidden_size=512 (the weights have 32)" in fails(["from_minimind", str(folder), *good[2:]], out)
-    (folder / "config.json").write_text('{"image_token_len": 196}')
-    assert "makes 64 features of a picture, config.json says 196" in fails(
-        ["from_minimind", str(folder), *good[2:]], out
-    )
-    (folder / "config.json").write_text('{"inference_rope_scaling": true}')
-    assert "scales RoPE" in fails(["from_minimind", str(folder), *good[2:]], out)
-    out.mkdir()
-    (out / "mine").write_text("kept")
-    with pytest.raises(SystemExit, match="exists. Choose another --out"):
-        main(good)
-    assert (out / "mine").read_text() == "kept"
-
-
-def test_weights_that_do_not_verify_are_not_kept(parts, tmp_path, monkeypatch):
-    source, out = save(tmp_path / "weights.pth", make_source("minimind-3v")), tmp_path / "out"
-    monkeypatch.setattr(formulas, "silu", torch.nn.functional.gelu)
-    command = ["from_minimind", str(source), *options("minimind-3v", parts, out), "--verify"]
-    assert "logits and those of MiniMind's formulas differ" in fails(command, out)
-
-
-def test_what_minimind_v_cannot_express_is_not_written(tmp_path, parts):
-    out = tmp_path / "out"
-    said = fails(["to_minimind", str(ROOT), "--out", str(out)], out)
-    assert "projector_layer_norm=False" in said and "not 'siglip_vision_model'" in said
-    assert "neither a folder" in fails(["to_minimind", str(tmp_path / "none"), "--out", str(out)], out)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_backbones import published  # noqa: F401
 from test_convert import fails
 from tiny import ROOT, make_config, make_model, make_pixels, make_processor, make_prompt, same
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -104,7 +103,7 @@ def test_the_decoder_alone_is_a_qwen3(tied, tmp_path):
 
 
 @pytest.mark.parametrize("decoder", ["llama", "gemma3_text", "qwen3_moe"])
-def test_decoders_of_other_families_leave_as_they_came(decoder, published, tmp_path):  # noqa: F811
+def test_decoders_of_other_families_leave_as_they_came(decoder, published, tmp_path):
     source = published(decoder)
     parts = ["--vision_model", str(published("siglip_vision_model")), "--text_model", str(source)]
     main(["build", *parts, "--out", str(tmp_path / "ours"), "--model_config", '{"vision_feature_layer": -1}'])

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from families import plain_tokenizer
 from PIL import Image
 from test_training import TINY, losses, run
 from tiny import ROOT, TEXT, VISION, make_prompt
@@ -18,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
-    PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipModel,
 )
@@ -117,15 +117,6 @@ def save_decoder(folder, family, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
-
-
-def plain_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(["<end>", *sorted(alphabet)])}, []))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])

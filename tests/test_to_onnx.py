@@ -4,7 +4,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_backbones import published  # noqa: F401
 from test_convert import fails
 from test_exports import save
 from tiny import ROOT, make_pixels, make_prompt, same
@@ -78,7 +77,7 @@ def test_an_answer_ends_where_the_model_s_does(exported, tmp_path):
 
 
 @pytest.mark.parametrize("decoder", [pytest.param("gemma3_text", marks=pytest.mark.slow), "qwen3_moe"])
-def test_decoders_of_other_families(decoder, published, tmp_path):  # noqa: F811
+def test_decoders_of_other_families(decoder, published, tmp_path):
     parts = ["--vision_model", str(published("dinov2")), "--text_model", str(published(decoder))]
     main(["build", *parts, "--out", str(tmp_path / "ours")])
     main(["to_onnx", str(tmp_path / "ours"), "--out", str(tmp_path / "out"), "--verify"])
