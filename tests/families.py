@@ -35,12 +35,17 @@ DECODERS = {  # SmolLM2 is published as Llama
 }
 
 
-def plain_tokenizer():
-    """Bytes and an end of text, none of our tokens."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(["<end>", *sorted(alphabet)])}, []))
+def byte_tokenizer(*specials, **names):
+    """One token per byte behind the special ones; `names` says which is the end of text, and so on."""
+    entries = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE({entry: i for i, entry in enumerate(entries)}, []))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+
+
+def plain_tokenizer():
+    """It knows none of our tokens."""
+    return byte_tokenizer("<end>", eos_token="<end>")
 
 
 def publish(path, family):
@@ -69,13 +74,8 @@ def make_parts(folder):
             parameter.data += 0.1 * torch.randn_like(parameter)
         tower.save_pretrained(folder / tower.config.model_type)
         processor.save_pretrained(folder / tower.config.model_type)
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe = Tokenizer(
-        models.BPE({t: i for i, t in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}, [])
-    )
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.add_special_tokens(specials)
-    names = {"pad_token": specials[0], "bos_token": specials[1], "eos_token": specials[2]}
-    PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(folder / "second")
+    pad, start, end = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+    second = byte_tokenizer(pad, start, end, pad_token=pad, bos_token=start, eos_token=end)
+    second.save_pretrained(folder / "second")
     PreTrainedTokenizerFast.from_pretrained(ROOT).save_pretrained(folder / "third")
     return {"folder": folder, "mlp": siglip, "linear": clip}
