@@ -80,12 +80,33 @@ def test_averaged_weights_follow_and_swap():
     assert torch.equal(model.weight, start + 1)
 
 
-def test_the_average_is_what_is_saved(data, tmp_path):
-    plain = run(data, tmp_path / "plain", "--max_steps", "4")
-    averaged = run(data, tmp_path / "ema", "--max_steps", "4", "--ema", "0.9")
+def test_the_average_is_what_is_saved(data, tmp_path, monkeypatch):
+    run(data, tmp_path / "plain", "--max_steps", "4")
+    expected, update = {}, WeightAverage.update
+
+    def note(self):
+        update(self)
+        for name, parameter in self.live.items():
+            t, live = self.steps, parameter.detach().clone()
+            decay = min(0.3, (1 + t) / (10 + t))  # 2/11, 3/12, 4/13 and then 0.3
+            expected[name] = decay * expected.get(name, start[name]) + (1 - decay) * live
+
+    monkeypatch.setattr(WeightAverage, "update", note)
+    build = train_accelerate.build
+
+    def with_start(args):
+        model, processor = build(args)
+        start.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        return model, processor
+
+    start: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(train_accelerate, "build", with_start)
+    final = run(data, tmp_path / "ema", "--max_steps", "4", "--ema", "0.3")
     assert losses(tmp_path / "plain") == losses(tmp_path / "ema")  # training does not notice it
-    one, other = load_file(plain / "model.safetensors"), load_file(averaged / "model.safetensors")
-    assert any(not torch.equal(one[key], other[key]) for key in one)
+    saved = load_file(final / "model.safetensors")
+    assert expected and expected.keys() <= saved.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(saved[name], value, msg=name)
 
 
 def test_z_loss_pulls_the_log_partition_to_zero(data, tmp_path):
@@ -93,6 +114,20 @@ def test_z_loss_pulls_the_log_partition_to_zero(data, tmp_path):
     run(data, tmp_path / "z", "--max_steps", "8", "--z_loss", "0.1")
     assert losses(tmp_path / "plain")[0] == losses(tmp_path / "z")[0]  # the reported loss is without it
     assert losses(tmp_path / "plain")[-1] != losses(tmp_path / "z")[-1]
+
+
+def test_a_part_without_gradient_stops_the_run_at_its_first_step(data, tmp_path, monkeypatch):
+    build = train_accelerate.build
+
+    def with_idle_weights(args):
+        model, processor = build(args)
+        model.model.multi_modal_projector.idle = torch.nn.Linear(2, 2)
+        return model, processor
+
+    monkeypatch.setattr(train_accelerate, "build", with_idle_weights)
+    with pytest.raises(RuntimeError, match=r"2 parameters .* no gradient \(model.multi_modal_projector.idle.weight"):
+        run(data, tmp_path / "run", "--max_steps", "2")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_experts_are_used_alike(data, tmp_path):
