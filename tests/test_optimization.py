@@ -56,6 +56,18 @@ def test_parts_have_their_own_learning_rates():
     assert all(rates[id(p)] == wanted[part_of(name)] for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_matrices_are_decayed(optimizer):
+    model = make_model()
+    args = parse_args(["--optimizer", optimizer, "--weight_decay", "0.3"])
+    groups = [group for o in build_optimizers(model, args) for group in o.param_groups]
+    decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    embedding = model.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        expected = 0.3 if parameter.ndim >= 2 and parameter is not embedding else 0.0
+        assert decayed[id(parameter)] == expected, name
+
+
 def test_schedules():
     assert schedule(0.5, 0, "constant") == schedule(0.79, 0, "wsd") == 1
     assert schedule(0.9, 0, "wsd") == pytest.approx(0.5) and schedule(1, 0, "wsd") == 0

@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import ROOT, make_model, make_pixels, make_processor, make_prompt
 
-from scripts.model_card import MARKER, write_card
+from scripts.model_card import MARKER, scrub, write_card
 from scripts.release import WAITS, check, files_of
 
 REPO = "jinv2/minivlm"
@@ -545,3 +545,11 @@ def test_background_push_uploads_the_newest_and_never_raises(out, hub, client, t
         assert all(word in failure for word in words), failure
         assert f"warning: {failure}" in done.stderr and ".push-" not in failure
     assert sorted(path.name for path in out.iterdir()) == ["final", "log.jsonl", "loss.png", "recipe.yaml", "run.json"]
+
+
+def test_a_token_of_any_form_is_scrubbed(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "of-a-company's-own-server")
+    assert (
+        scrub("asked with of-a-company's-own-server, Bearer abc and hf_" + "a" * 30)
+        == "asked with ***, Bearer *** and ***"
+    )
