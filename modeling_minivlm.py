@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, torch_compilable_check
@@ -28,8 +28,9 @@ try:
 except ImportError:  # a checkout or `pip install` imports these files as top-level modules
     from configuration_minivlm import MiniVLMConfig, MiniVLMTextConfig
 
-
-# ------------------------------------------------------------------------------------------------ the decoder
+# transformers 5.24 says `cache` in outputs and in `generate`. Up to 5.23 that is `past_key_values`, and `cache` is a
+# keyword of paged attention functions, which must reach them.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MiniVLMRMSNorm(nn.Module):
@@ -117,6 +118,7 @@ class MiniVLMAttention(nn.Module):
         self.k_norm = MiniVLMRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         B, T, _ = hidden_states.shape
         heads = (B, T, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, Hq, T, h)
@@ -125,7 +127,8 @@ class MiniVLMAttention(nn.Module):
         cos, sin = (c.unsqueeze(1) for c in position_embeddings)  # (B, 1, T, h)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, Hkv, S, h)
+            # A paged cache (5.24) writes into `kwargs` what its attention function needs; other caches ignore them.
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, Hkv, S, h)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
@@ -175,7 +178,7 @@ class MiniVLMPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiniVLMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -217,6 +220,7 @@ class MiniVLMTextModel(MiniVLMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
         if use_cache and past_key_values is None:
@@ -228,8 +232,8 @@ class MiniVLMTextModel(MiniVLMPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -239,16 +243,12 @@ class MiniVLMTextModel(MiniVLMPreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},  # by this name gradient checkpointing finds it and leaves it out
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
-
-
-# --------------------------------------------------------------------------- picture features and their fusion
+        cache = {CACHE: past_key_values if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
 
 
 class MiniVLMMultiModalProjector(nn.Module):
@@ -313,14 +313,9 @@ class MiniVLMModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class MiniVLMCausalLMOutputWithPast(ModelOutput):
+class MiniVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`loss` (), `logits` (B, T, vocabulary), `image_hidden_states` (N, I, D); the rest as in transformers."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor] | None = None
-    attentions: tuple[torch.FloatTensor] | None = None
     image_hidden_states: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor] | None = None
 
@@ -396,6 +391,7 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
     ) -> MiniVLMModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
         features = None
@@ -409,8 +405,8 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         return MiniVLMModelOutputWithPast(**outputs, image_hidden_states=features)
@@ -474,7 +470,7 @@ class MiniVLMForConditionalGeneration(MiniVLMPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=kwargs.pop(CACHE, past_key_values),
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -493,7 +489,7 @@ class MiniVLMForConditionalGeneration(MiniVLMPreTrainedModel, GenerationMixin):
         return MiniVLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import make_config, make_model, make_pixels, make_prompt, same
 from torch.nn.functional import log_softmax, pad
-from transformers import DynamicCache, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from modeling_minivlm import MiniVLMTextModel
+from modeling_minivlm import CACHE, MiniVLMTextModel
 
 IDS = make_prompt(3, "image", 5, "image", 2)
 PIXELS = make_pixels(2)
@@ -80,6 +80,37 @@ def test_a_conversation_continues_from_its_cache(make_cache, model):
         continued = model(input_ids=ids[:, length:], pixel_values=third, past_key_values=cache).logits
         full = model(input_ids=ids, pixel_values=torch.cat((PIXELS, third))).logits
     same(continued, full[:, length:])
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("text", [{}, {"model_type": "qwen3"}, {"model_type": "llama"}], ids=str)
+def test_the_cache_is_read_and_written_by_the_name_of_this_transformers(name, text):
+    """5.24 calls it `cache`: swallowed by `**kwargs`, each step sees one token and the answer is garbage."""
+    if name == "cache" and CACHE != name:
+        pytest.skip("up to transformers 5.23 `cache` is a keyword of paged attention alone")
+    model = make_model(text=text)
+    for part in (model, model.model, model.model.language_model):
+        ids, pixels = (make_prompt(10), {}) if part is model.model.language_model else (IDS, {"pixel_values": PIXELS})
+        with torch.no_grad():
+            full = part(input_ids=ids, use_cache=False, **pixels)[0]
+            first = part(input_ids=ids[:, :-2], use_cache=True, **pixels)
+            assert CACHE in first and first[CACHE].get_seq_length() == ids.shape[1] - 2
+            last = part(input_ids=ids[:, -2:], use_cache=True, **{name: first[CACHE]})
+        same(last[0], full[:, -2:])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_paged_attention_answers_as_a_plain_cache(implementation, model):
+    """Continuous batching: two requests in one row, their keys and values in pages."""
+    model.set_attn_implementation(implementation)
+    prompts = [make_prompt(7), make_prompt(5)]
+    expected = [greedy_by_hand(model, ids, None)[0].tolist() for ids in prompts]
+    results = model.generate_batch(
+        [ids[0].tolist() for ids in prompts],
+        generation_config=GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(page_size=32, num_blocks=8, max_batch_tokens=64),
+    )
+    assert [results[key].generated_tokens for key in sorted(results)] == expected
 
 
 # --------------------------------------------------------------------------------------------- left padding

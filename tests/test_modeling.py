@@ -4,7 +4,14 @@ import pytest
 import torch
 from tiny import TEXT, VISION, make_config, make_model, make_pixels, make_prompt, same
 from torch.nn.functional import cosine_similarity, cross_entropy
-from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModel,
+    DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from modeling_minivlm import MiniVLMTextModel, rotate
 
@@ -158,6 +165,16 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         assert model.model.language_model.layers[0].gradient_checkpointing
         for actual, wanted in zip(gradients(), expected, strict=True):
             same(actual, wanted)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_leaves_out_a_given_cache(reentrant):
+    """The backward pass computes each block again: a cache would be written twice."""
+    model, cache = make_model().train(), DynamicCache()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(input_ids=IDS, pixel_values=PIXELS, labels=IDS, past_key_values=cache).loss.backward()
+    assert cache.get_seq_length() == 0
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_loss_is_the_mean_over_answer_tokens_or_their_sum_over_a_given_count():
