@@ -7,7 +7,9 @@ picture, I image tokens of a picture, V width of the tower, D width of the decod
 heads, h width of a head.
 """
 
+import inspect
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -28,6 +30,7 @@ try:
 except ImportError:  # a checkout or `pip install` imports these files as top-level modules
     from configuration_minivlm import MiniVLMConfig, MiniVLMTextConfig
 
+KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, "use_cache", "return_dict", "shift_labels", "ignore_index"}
 # transformers 5.24 says `cache` in outputs and in `generate`. Up to 5.23 that is `past_key_values`, and `cache` is a
 # keyword of paged attention functions, which must reach them.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -59,11 +62,8 @@ class MiniVLMRotaryEmbedding(nn.Module):
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        init = (
-            self.compute_default_rope_parameters
-            if self.rope_type == "default"
-            else ROPE_INIT_FUNCTIONS[self.rope_type]
-        )
+        default = self.rope_type == "default"
+        init = self.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = init(config)  # (h / 2,)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
@@ -130,15 +130,9 @@ class MiniVLMAttention(nn.Module):
             # A paged cache (5.24) writes into `kwargs` what its attention function needs; other caches ignore them.
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, Hkv, S, h)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )  # (B, T, Hq, h)
         return self.o_proj(output.reshape(B, T, -1)), weights  # (B, T, D)
 
@@ -185,6 +179,22 @@ class MiniVLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def take_cache(self, kwargs, past_key_values):
+        """Return the cache, by whatever name it came; refuse keywords that all parts of the model would ignore."""
+        config = getattr(self.config, "text_config", self.config)
+        past_key_values = kwargs.pop(CACHE, past_key_values)
+        unknown = [name for name, value in kwargs.items() if value is not None and name not in KNOWN_KEYWORDS]
+        # Paged attention and serving engines bring attention functions of their own, with keywords of their own.
+        if unknown and config._attn_implementation.startswith(("eager", "sdpa", "flex", "flash")):
+            decoder = getattr(self.base_model, "language_model", self.base_model)
+            attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, eager_attention_forward)
+            taken = {*inspect.signature(decoder.forward).parameters, *inspect.signature(attend).parameters}
+            known = sorted({*taken, *KNOWN_KEYWORDS, *inspect.signature(self.forward).parameters})
+            for name in set(unknown) - taken:
+                near = "".join(f" Did you mean {word!r}?" for word in get_close_matches(name, known, n=1))
+                raise TypeError(f"{type(self).__name__} takes no keyword {name!r}.{near}")
+        return past_key_values
+
 
 class MiniVLMTextModel(MiniVLMPreTrainedModel):
     """The decoder without its LM head: token ids or embeddings in, final hidden states out.
@@ -220,7 +230,7 @@ class MiniVLMTextModel(MiniVLMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        past_key_values = kwargs.pop(CACHE, past_key_values)
+        past_key_values = self.take_cache(kwargs, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
         if use_cache and past_key_values is None:
@@ -228,25 +238,13 @@ class MiniVLMTextModel(MiniVLMPreTrainedModel):
         if position_ids is None:
             cached = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]  # (1, T)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE: past_key_values},
-        )
+        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        kwargs["position_embeddings"] = self.rotary_emb(hidden_states, position_ids)
+        kwargs |= {"attention_mask": causal_mask, "position_ids": position_ids, "use_cache": use_cache}
+        kwargs[CACHE] = past_key_values  # by this name gradient checkpointing finds the cache and leaves it out
         for layer in self.layers:
-            hidden_states = layer(  # positional: the capture of hidden states reads `args[0]`
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=causal_mask,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **{CACHE: past_key_values},  # by this name gradient checkpointing finds it and leaves it out
-                **kwargs,
-            )
+            hidden_states = layer(hidden_states, **kwargs)  # positional: the capture of hidden states reads `args[0]`
         cache = {CACHE: past_key_values if use_cache else None}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
 
@@ -391,7 +389,7 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
     ) -> MiniVLMModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        past_key_values = kwargs.pop(CACHE, past_key_values)
+        past_key_values = self.take_cache(kwargs, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
         features = None
@@ -401,13 +399,9 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
             features = self.get_image_features(pixel_values, return_dict=True).pooler_output  # (N, I, D)
         if features is not None:
             inputs_embeds = self.merge_image_features(input_ids, inputs_embeds, features)
-        kwargs["return_dict"] = True
+        kwargs |= {CACHE: past_key_values, "return_dict": True}
         outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **{CACHE: past_key_values},
-            **kwargs,
+            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         return MiniVLMModelOutputWithPast(**outputs, image_hidden_states=features)
 
@@ -464,13 +458,15 @@ class MiniVLMForConditionalGeneration(MiniVLMPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: image tokens and image features differ in number.
+            TypeError: a keyword that neither the model nor its attention function takes.
         """
+        past_key_values = self.take_cache(kwargs, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=kwargs.pop(CACHE, past_key_values),
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,

@@ -7,6 +7,8 @@ import torch
 from tiny import make_config, make_model, make_pixels, make_prompt, same
 from torch.nn.functional import log_softmax, pad
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from modeling_minivlm import CACHE, MiniVLMTextModel
@@ -240,6 +242,46 @@ def test_a_tuple_holds_what_the_dict_holds(model):
         values = model(input_ids=IDS, pixel_values=PIXELS, labels=IDS, return_dict=False)
     same(values[0], outputs.loss)
     same(values[1], outputs.logits)
+
+
+# ------------------------------------------------------------------------------------------------ keywords
+
+
+@pytest.mark.parametrize(
+    "word, near",
+    [("pixel_value", "pixel_values"), ("label", "labels"), ("attn_mask", "attention_mask"), ("colour", None)],
+)
+@pytest.mark.parametrize("text", [{}, {"model_type": "qwen3"}], ids=str)
+def test_a_keyword_that_nobody_takes_is_refused(word, near, text):
+    model = make_model(text=text)
+    hint = rf"\. Did you mean '{near}'\?$" if near else r"\.$"
+    with pytest.raises(TypeError, match=f"^MiniVLMForConditionalGeneration takes no keyword '{word}'{hint}"):
+        model(input_ids=IDS, **{word: 1})
+    with pytest.raises(TypeError, match=f"^MiniVLMModel takes no keyword '{word}'"):
+        model.model(input_ids=IDS, **{word: 1})
+    if not text:
+        with pytest.raises(TypeError, match=f"^MiniVLMTextModel takes no keyword '{word}'"):
+            model.model.language_model(input_ids=IDS, **{word: 1})
+
+
+def test_keywords_of_the_attention_function_reach_it(model):
+    """Those that transformers shares, those of the function itself, and all of an engine's own function."""
+    seen = {}
+
+    def engine(module, query, key, value, attention_mask, scaling, **kwargs):
+        seen.update(kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=True)
+
+    shared = {"cu_seq_lens_q": torch.tensor([0, 3]), "max_length_q": 3, "num_items_in_batch": 4, "shift_labels": None}
+    for implementation, own in (("engine", {"attention_instances": {0: "layer"}}), ("sdpa", {"position_bias": None})):
+        ALL_ATTENTION_FUNCTIONS.register(implementation, engine)
+        try:
+            model.set_attn_implementation(implementation)
+            model(input_ids=IDS, pixel_values=PIXELS, output_attentions=False, **shared, **own)
+        finally:
+            ALL_ATTENTION_FUNCTIONS.register("sdpa", sdpa_attention_forward)
+        assert {*shared, *own} <= seen.keys() and all(seen[name] is value for name, value in (shared | own).items())
+        seen.clear()
 
 
 # ---------------------------------------------------------------------------------- compilation and export
