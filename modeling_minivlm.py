@@ -184,8 +184,9 @@ class MiniVLMPreTrainedModel(PreTrainedModel):
         config = getattr(self.config, "text_config", self.config)
         past_key_values = kwargs.pop(CACHE, past_key_values)
         unknown = [name for name, value in kwargs.items() if value is not None and name not in KNOWN_KEYWORDS]
-        # Paged attention and serving engines bring attention functions of their own, with keywords of their own.
-        if unknown and config._attn_implementation.startswith(("eager", "sdpa", "flex", "flash")):
+        # Continuous batching (its cache is no `Cache`) and engines bring attention functions with own keywords.
+        paged = not isinstance(kwargs.get("cache", past_key_values), Cache | None)
+        if unknown and not paged and config._attn_implementation.startswith(("eager", "sdpa", "flex", "flash")):
             decoder = getattr(self.base_model, "language_model", self.base_model)
             attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, eager_attention_forward)
             taken = {*inspect.signature(decoder.forward).parameters, *inspect.signature(attend).parameters}
@@ -245,8 +246,7 @@ class MiniVLMTextModel(MiniVLMPreTrainedModel):
         kwargs[CACHE] = past_key_values  # by this name gradient checkpointing finds the cache and leaves it out
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)  # positional: the capture of hidden states reads `args[0]`
-        cache = {CACHE: past_key_values if use_cache else None}
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values if use_cache else None)
 
 
 class MiniVLMMultiModalProjector(nn.Module):
