@@ -4,10 +4,21 @@
 transformers causal-LM configuration the decoder; the decoder that this repository teaches is `MiniVLMTextConfig`.
 """
 
+from re import findall
 from typing import Literal
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
+
+FIRST, LAST = (5, 19), (5, 24)  # the versions of transformers that the tests ran with
+
+if not FIRST <= tuple(map(int, findall(r"\d+", transformers.__version__)[:2])) <= LAST:
+    logging.get_logger("transformers").warning_once(  # once per process, however many copies of this file are loaded
+        "MiniVLM is tested with transformers {}.{} to {}.{}".format(*FIRST, *LAST)
+        + f"; this is {transformers.__version__}, and answers may be wrong. Install a tested version if they are."
+    )
 
 
 @strict

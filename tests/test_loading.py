@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -212,6 +213,7 @@ def run_elsewhere(code, tmp_path, *arguments):
         timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    return result
 
 
 def test_a_saved_checkpoint_answers_without_the_project(checkpoint, tmp_path):
@@ -244,3 +246,18 @@ def test_a_saved_checkpoint_answers_without_the_project(checkpoint, tmp_path):
 
 def test_without_trust_nothing_loads(checkpoint, tmp_path):
     run_elsewhere(REFUSE, tmp_path, checkpoint[0])
+
+
+@pytest.mark.parametrize("version", ["5.18.1", "5.19.0", "5.24.3", "5.25.0.dev0", "6.0"])
+def test_a_version_of_transformers_that_is_not_known_is_named_once(version, checkpoint, tmp_path):
+    code = f"""
+        import transformers
+        transformers.__version__ = {version!r}
+        for place in (folder, sys.argv[2]):  # two copies of the code, one line
+            AutoModelForImageTextToText.from_pretrained(place, **trust)
+    """
+    shutil.copytree(checkpoint[0], tmp_path / "copy")
+    errors = run_elsewhere(code, tmp_path, checkpoint[0], tmp_path / "copy").stderr
+    known = version in ("5.19.0", "5.24.3")
+    line = f"MiniVLM is tested with transformers 5.19 to 5.24; this is {version}"
+    assert errors.count(line) == errors.count("MiniVLM is tested") == (0 if known else 1), errors
