@@ -166,6 +166,7 @@ class MiniVLMConfig(PreTrainedConfig):
             "AutoModel": "modeling_minivlm.MiniVLMModel",
             "AutoModelForCausalLM": "modeling_minivlm.MiniVLMForConditionalGeneration",
             "AutoModelForImageTextToText": "modeling_minivlm.MiniVLMForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_minivlm.MiniVLMForConditionalGeneration",
             "AutoProcessor": "processing_minivlm.MiniVLMProcessor",
         }
 

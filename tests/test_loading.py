@@ -118,8 +118,8 @@ PROLOGUE = """
     import torch
     torch.set_num_threads(1)
     from PIL import Image
-    from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor,
-                              pipeline)
+    from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
+                              AutoModelForMultimodalLM, AutoProcessor, pipeline)
     try:
         import modeling_minivlm
         sys.exit("the project is importable: this would prove nothing")
@@ -138,14 +138,16 @@ LOAD = """
     inputs = processor.apply_chat_template(
         turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
     models = {auto.__name__: auto.from_pretrained(folder, **trust)
-              for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM)}
+              for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)}
     assert {k: type(v).__name__ for k, v in models.items()} == {
         "AutoModel": "MiniVLMModel", "AutoModelForImageTextToText": "MiniVLMForConditionalGeneration",
-        "AutoModelForCausalLM": "MiniVLMForConditionalGeneration"}
-    base, model, causal = models.values()
+        "AutoModelForCausalLM": "MiniVLMForConditionalGeneration",
+        "AutoModelForMultimodalLM": "MiniVLMForConditionalGeneration"}  # the Hub's code snippet loads by this one
+    base, model, causal, multimodal = models.values()
     with torch.no_grad():
         logits = model(**inputs).logits
         assert torch.equal(logits, causal(**inputs).logits)
+        assert torch.equal(logits, multimodal(**inputs).logits)
         assert torch.equal(logits, model.lm_head(base(**inputs).last_hidden_state))
     answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1]:]
     text = processor.decode(answer, skip_special_tokens=True)
@@ -240,7 +242,7 @@ def test_a_saved_checkpoint_answers_without_the_project(checkpoint, tmp_path):
         )
         assert first == entries[name]
     assert entries["processor_config.json"] == {"AutoProcessor": "processing_minivlm.MiniVLMProcessor"}
-    models = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
+    models = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
     assert entries["config.json"].keys() == {"AutoConfig", "AutoProcessor", *models}
 
 
