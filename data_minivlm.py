@@ -6,7 +6,6 @@ Labels come from the chat template's `{% generation %}` blocks: the assistant's 
 Whatever is random about a row is a function of (seed, epoch, row index): a resumed run sees what it would have seen.
 """
 
-import io
 import math
 import random
 import re
@@ -24,7 +23,7 @@ from PIL import Image, ImageEnhance, PngImagePlugin
 from transformers import ProcessorMixin
 
 from processing_minivlm import to_rgb
-from sources_minivlm import BadRow, Rows
+from sources_minivlm import BadRow, Rows, open_picture
 
 MAX_PIXELS = 89_478_485  # Pillow warns above it: a quarter of a gigabyte as RGB
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a picture with a book in its metadata is a picture
@@ -40,16 +39,19 @@ def decode_image(data: bytes | Path | Image.Image) -> Image.Image:
     """Decode one picture, or the file that a path names, to RGB, as a person would see it.
 
     Raises:
-        BadRow: it cannot be decoded, or has more than `MAX_PIXELS`, which is known before any is decoded.
+        BadRow: it is in none of `FORMATS`, cannot be decoded, or has more than `MAX_PIXELS`, which is known before any
+            is decoded.
     """
     try:
         if isinstance(data, Image.Image):
             return to_rgb(data)
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        with warnings.catch_warnings(), open_picture(data) as image:
             warnings.simplefilter("ignore")  # of damaged metadata, of palettes: once per picture, of no consequence
             if math.prod(image.size) > MAX_PIXELS:
                 raise Image.DecompressionBombError("{:,} x {:,} pixels".format(*image.size))
             return to_rgb(image)
+    except BadRow:
+        raise
     except Image.DecompressionBombError as error:
         raise BadRow(f"picture too large: {error}, more than {MAX_PIXELS:,} pixels. Scale it down") from error
     except Exception as error:  # Pillow raises a dozen classes for a damaged file

@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow
 from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub.constants import HF_HUB_CACHE
-from PIL import Image
+from PIL import Image, UnidentifiedImageError, features
 from pyarrow import parquet
 
 IMAGE_MARKER = "<image>"  # how MiniMind-V, LLaVA and others write a picture into text
@@ -29,7 +29,17 @@ CAPTION_REQUEST = "Describe this picture."  # what the user says in a row that h
 PICTURE_COLUMNS = ("images", "image", "file_name")
 CAPTION_COLUMNS = (("text",), ("caption",), ("question", "answer"))
 WORD_COLUMNS = ("json", "txt", "conversations", "texts", "messages", "text", "caption", "question", "answer")
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+# Of the forty formats that Pillow knows these are read, each with its suffixes: EPS, for one, would start Ghostscript.
+# Many phones' JPEGs open as MPO, which Pillow does not list: its JPEG reader recognises them.
+FORMATS = {
+    "PNG": ("png",),
+    "JPEG": ("jpg", "jpeg", "mpo"),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp",),
+    "TIFF": ("tif", "tiff"),
+} | ({"AVIF": ("avif",)} if features.check("avif") else {})
+PICTURE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 LOW_RATING = "below min_rating"  # kind of a row that is left out by choice
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant", "tool")}
 # What Python, json and Pillow raise when a row is not what its columns promise.
@@ -211,11 +221,24 @@ def split_markers(text: str) -> list[dict]:
 
 def is_placeholder(image: bytes) -> bool:
     """Whether a picture is the 8 x 8 black one that MiniMind-V puts into rows without a picture."""
-    with Image.open(BytesIO(image)) as picture:
+    with open_picture(image) as picture:
         return picture.size == (8, 8) and picture.convert("L").getextrema() == (0, 0)
 
 
 # -------------------------------------------------------------------------------------------------- pictures
+
+
+def open_picture(data: bytes | Path) -> Image.Image:
+    """Open a picture, or the file that a path names, without decoding it.
+
+    Raises:
+        BadRow: it is in none of `FORMATS`.
+        OSError: it cannot be read.
+    """
+    try:
+        return Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=list(FORMATS))
+    except UnidentifiedImageError as error:
+        raise BadRow(f"unreadable picture: it is no {', '.join(FORMATS)} file. Convert it to one of these") from error
 
 
 def locate(value, root: Path) -> bytes | Path | Image.Image:

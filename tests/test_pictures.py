@@ -1,16 +1,21 @@
 """Pictures: whatever file a data set holds is decoded to the right shape or counted, and none stops the trainer."""
 
 import io
+import os
 import random
 import struct
+import subprocess
 import zlib
 from collections import Counter
 
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 from test_data import ENCODER, PROCESSOR
+from test_sources import tar
 
+import sources_minivlm
 from data_minivlm import MAX_PIXELS, BadRow, decode_image
+from sources_minivlm import PICTURE_SUFFIXES, load_rows
 
 FORMATS = {"PNG": "RGBA", "JPEG": "RGB", "WEBP": "RGB", "GIF": "P", "BMP": "RGB", "TIFF": "L"}
 MESSAGES = [
@@ -139,3 +144,60 @@ def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # the top of the picture is at the right
     assert decode_image(saved(image, "PNG", exif=exif)).getpixel((1, 0)) == (255, 255, 255)
+
+
+def fits() -> bytes:
+    """A FITS file of 2 x 2 bytes."""
+    cards = ["SIMPLE  = T", "BITPIX  = 8", "NAXIS   = 2", "NAXIS1  = 2", "NAXIS2  = 2", "END"]
+    return "".join(f"{card:80}" for card in cards).encode().ljust(2880) + bytes(2880)
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch):
+    """A file that exists once somebody has started Ghostscript, for which a script stands."""
+    (tmp_path / "bin").mkdir()
+    started, program = tmp_path / "started", tmp_path / "bin" / "gs"
+    program.write_text(f"#!/bin/sh\ntouch '{started}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return started
+
+
+@pytest.mark.parametrize("kind", ["EPS", "FITS", "PPM"])
+def test_other_formats_are_refused_and_ghostscript_is_not_started(kind, ghostscript, tmp_path):
+    data = fits() if kind == "FITS" else saved(Image.new("RGB", (4, 4), "red"), kind)
+    path = tmp_path / f"picture.{kind.lower()}"
+    path.write_bytes(data)
+    for picture in (data, path):
+        with pytest.raises(BadRow, match="^unreadable picture: it is no PNG, JPEG, WEBP, GIF, BMP, TIFF"):
+            decode_image(picture)
+    words = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
+    with pytest.raises(BadRow, match="^unreadable picture: it is no PNG"):  # looked at, since it may be a placeholder
+        sources_minivlm.to_sample({"conversations": words, "image_bytes": data}, None, tmp_path, {})
+    assert not ghostscript.exists()
+    with Image.open(io.BytesIO(data)) as picture:  # Pillow by itself takes the file, and so would start it
+        if kind == "EPS":
+            with pytest.raises((OSError, subprocess.SubprocessError)):
+                picture.load()
+            assert ghostscript.exists()
+        assert picture.format == kind
+
+
+@pytest.mark.parametrize("suffix", PICTURE_SUFFIXES)
+def test_every_suffix_of_a_shard_is_of_a_format_that_is_read(suffix, tmp_path):
+    Image.init()
+    picture = Image.new("RGB", (16, 8), "red")
+    options = {"save_all": True, "append_images": [picture]} if suffix == "mpo" else {}
+    data = saved(picture, Image.EXTENSION[f".{suffix}"], **options)
+    shard = tar(tmp_path / "a.tar", {f"0.{suffix}": data, "0.txt": b"a red field"})
+    (image,) = load_rows([shard]).adapt(0)["images"]
+    assert image == data
+    decoded = decode_image(image)
+    red, green, blue = decoded.getpixel((8, 4))
+    assert decoded.size == (16, 8) and red > 200 and max(green, blue) < 50
+
+
+def test_the_formats_are_named_by_pillow():
+    Image.init()
+    assert set(sources_minivlm.FORMATS) <= set(Image.OPEN), "Image.open raises KeyError for a format that it lacks"
