@@ -3,11 +3,12 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-import textwrap
 import time
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import accelerate
@@ -25,6 +26,7 @@ from data_minivlm import decode_image
 from optimization_minivlm import PARTS, part_of
 from options_minivlm import TrainArgs
 from scripts.evaluate import normalise
+from scripts.pages import FONT
 
 # Dense bf16 and fp16 FLOP/s by the makers' data sheets; MFU (arXiv 2204.02311, appendix B) is a share of them.
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
@@ -219,32 +221,69 @@ def write_run(args: TrainArgs, accelerator: Accelerator, state: State, metrics: 
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """A font with Chinese characters if the system has one; else Pillow's own, which draws boxes for them."""
-    for name in ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc", "DroidSansFallbackFull.ttf"):
+INSTALLED = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc", "DroidSansFallbackFull.ttf")
+# Where a line may break: at spaces, and beside each Chinese character, but not before a closing mark.
+PIECES = re.compile(r"\s|[“‘（《「]*(?:[^\s\u2e80-\uffef]+|[\u2e80-\uffef])[，。、？！：；）》」”’]*")
+
+
+@cache
+def fonts(size: int) -> list[ImageFont.FreeTypeFont]:
+    """Our own font, which has the characters of the embedded data, then those of the system with Chinese in them."""
+    found = []
+    for name in (FONT, *INSTALLED):
         try:
-            return ImageFont.truetype(name, size)
+            found.append(ImageFont.truetype(name, size))
         except OSError:
             continue
-    return ImageFont.load_default(size)
+    return found or [ImageFont.load_default(size)]
+
+
+def has(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    """Whether a font has all characters of a text: what it lacks is drawn as a noncharacter is."""
+    missing = bytes(font.getmask("\uffff"))
+    return all(bytes(font.getmask(character)) != missing for character in set(text))
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """The first of `fonts` that has all of a text; if none has, the first."""
+    return next((font for font in fonts(size) if has(font, text)), fonts(size)[0])
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """Break a text into at most `most` lines of `width` pixels; "…" stands for what does not fit."""
+    lines = [""]
+    for piece in PIECES.findall(" ".join(text.split())):
+        for part in [piece] if font.getlength(piece) <= width else piece:  # a long word breaks anywhere
+            if font.getlength(lines[-1] + part) > width:
+                lines.append("")
+            lines[-1] += part if lines[-1] else part.lstrip()
+    if len(lines) > most:
+        last = lines[most - 1]
+        while last and font.getlength(last + "…") > width:
+            last = last[:-1]
+        lines = [*lines[: most - 1], last + "…"]
+    return lines
 
 
 def contact_sheet(
-    items: list[dict], outputs: list[str], columns: int = 4, cell: tuple[int, int] = (260, 236)
+    items: list[dict], outputs: list[str], columns: int = 4, cell: tuple[int, int] = (260, 288)
 ) -> Image.Image:
-    """Pictures with question, truth and answer below each; a right answer in green, a wrong one in red."""
+    """Pictures with question, truth and answer below each; a right answer in green with a tick, a wrong one in red."""
     rows = -(-len(items) // columns)
     sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
-    draw, small = ImageDraw.Draw(sheet), font(13)
+    draw = ImageDraw.Draw(sheet)
     for i, (item, output) in enumerate(zip(items, outputs)):
         x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
         picture = decode_image(item["images"][0])
         picture.thumbnail((cell[0] - 16, 128))
         sheet.paste(picture, (x, y))
         right = normalise(output) == normalise(item["answer"])
-        lines = textwrap.wrap(item["question"], 36)[:3] + textwrap.wrap(f"truth: {item['answer']}", 36)[:2]
-        draw.multiline_text((x, y + 134), "\n".join(lines), fill="black", font=small, spacing=2)
-        draw.text(
-            (x, y + 134 + 17 * len(lines)), f"model: {output[:36]}", fill="#0a7d20" if right else "#c01818", font=small
-        )
+        said, color = (f"✓ model: {output}", "#0a7d20") if right else (f"× model: {output}", "#c01818")
+        y += 132
+        texts = (item["question"], 3, "black"), (f"truth: {item['answer']}", 2, "black"), (said, 2, color)
+        for text, most, fill in texts:
+            font = font_for(text, 14)
+            for line in wrap(text, font, cell[0] - 16, most):
+                draw.text((x, y), line, fill=fill, font=font)
+                y += 20
     return sheet
