@@ -2,7 +2,7 @@
 
 Under five minutes of training on two CPU cores (a GPU is used when there is one): first the vision tower learns to
 tell 96 things apart, then the whole model learns to speak about them. Then the answers stand beside the truth in the
-terminal and in runs/demo/contact_sheet.png.
+terminal, in runs/demo/contact_sheet.png and, for a browser, in contact_sheet.html beside it.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import train_accelerate
 from reporting_minivlm import contact_sheet
 from scripts import pretrain_tower
 from scripts.evaluate import answer, evaluate, load_trained, normalise, print_table, prompts
+from scripts.pages import answers_page, write_page
 from sources_minivlm import keep_rows, load_rows
 
 RECIPE, TEST_DATA = "recipes/demo.yaml", "data/demo_test.parquet"
@@ -46,10 +47,11 @@ def show(model_path: Path, output_dir: Path) -> None:
         print(f"  {mark}  {item['question']}\n         truth: {item['answer']}    model: {output}")
     sheet = output_dir / "contact_sheet.png"
     contact_sheet(items, outputs).save(sheet)
+    write_page(sheet.with_suffix(".html"), answers_page("Pictures of a style that it never saw", items, outputs))
     print_table(evaluate(model, processor, rows))
     print(
         f"""
-Right and wrong answers as pictures: {sheet}
+Right and wrong answers as pictures: {sheet}, for a browser: {sheet.with_suffix(".html")}
 A blind guess gets 25 % of the options and 50 % of the yes/no questions right. In the first table the model must write
 the answer itself; in the second it says which of the four options it finds the likeliest.
 

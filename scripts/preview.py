@@ -6,9 +6,7 @@ A row that training would leave out is counted here with its reason. The page, `
 """
 
 import argparse
-import base64
 import html
-import io
 import random
 import sys
 from collections import Counter
@@ -17,25 +15,14 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from batching_minivlm import pack
 from data_minivlm import CUT, IGNORE, Encoder, count_markers, decode_image, describe_bad_rows
 from processing_minivlm import MiniVLMProcessor
 from scripts.evaluate import register_config
+from scripts.pages import figure, page, write_page
 from sources_minivlm import BadRow, Rows, keep_rated, load_rows
-
-STYLE = """
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-article { display: flex; gap: 1rem; flex-wrap: wrap; padding: 1rem 0; border-top: 1px solid #8884; }
-figure { margin: 0; } img { max-width: 160px; max-height: 160px; display: block; background: #8882; }
-figcaption, h2 { font-size: 12px; font-weight: normal; opacity: .7; margin: 0 0 .3rem; }
-.words { flex: 1 1 24rem; min-width: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-mark { background: #7cc78a66; color: inherit; border-radius: 3px; } .picture, .bad { opacity: .6; font-style: italic; }
-pre { overflow-x: auto; }
-"""
 
 
 @dataclass
@@ -91,16 +78,6 @@ def scan(rows: Rows, encoder: Encoder, indices: list[int], shown: int) -> tuple[
         if len(articles) < shown:
             articles.append(f"<article><h2>{html.escape(place)}</h2>{body}</article>")
     return found, articles
-
-
-def figure(picture: Image.Image) -> str:
-    width, height = picture.size
-    picture.thumbnail((320, 320))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    image = f'<img alt="" src="data:image/jpeg;base64,{data}">'
-    return f"<figure>{image}<figcaption>{width} x {height}</figcaption></figure>"
 
 
 def words(encoder: Encoder, ids: list[int], labels: list[int]) -> str:
@@ -196,15 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     found, articles = scan(rows, encoder, indices, args.shown)
     table = describe(found, len(rows), (args.pack_tokens, args.pack_pictures))
     print(table)
-    title = html.escape(", ".join(args.data))
-    page = (
-        f'<!doctype html><html><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>'
-    )
-    page += (
-        f"<h1>{title}</h1><pre>{html.escape(table)}</pre><p>The model learns to say what is <mark>marked</mark>.</p>"
-    )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(page + "\n".join(articles) + "</body></html>\n", encoding="utf-8")
+    body = f"<pre>{html.escape(table)}</pre><p>The model learns to say what is <mark>marked</mark>.</p>"
+    write_page(args.output, page(", ".join(args.data), body + "\n".join(articles)))
     print(f"\n{len(articles):,} rows as a page: {args.output}")
 
 

@@ -139,6 +139,8 @@ def test_demo_runs_from_nothing_to_a_contact_sheet(tmp_path, capsys, monkeypatch
     assert out.count("truth: ") == sum(demo.SHOWN.values()) and "exact match" in out
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert len(sheet.getcolors(1 << 24)) > 100
+    page = (tmp_path / "contact_sheet.html").read_text(encoding="utf-8")
+    assert page.count("<article") == sum(demo.SHOWN.values()) and page.count("✓") == out.count("  right  ")
     code = out.split("Load the model that you just trained:")[1]
     assert f'model="{(tmp_path / "final").as_posix()}", trust_remote_code=True' in code
 
