@@ -81,7 +81,7 @@ class Reporter:
             names["swanlab"] = {"experiment_name": run_name(args)}
             accelerator.init_trackers("minivlm", options, {key: names[key] for key in args.trackers if key in names})
 
-    def step(self, epoch: int, done: float, totals: dict[str, int], figures: dict[str, float]) -> None:
+    def step(self, epoch: int, totals: dict[str, int], figures: dict[str, float]) -> None:
         """Note a step; every `log_every` steps and at the last write what it was."""
         self.bar.update(1)
         self.window["flops"] += self.work(totals["tokens"], totals["pictures"], totals["answers"])
@@ -97,11 +97,12 @@ class Reporter:
             entry["mfu"] = round(window["flops"] / seconds / peak, 4)
         entry["memory_gib"] = round(self.memory() / 2**30, 2)
         self.window = {"start": now, "tokens": state.tokens, "rows": state.rows, "flops": 0}
-        left = state.seconds / max(done, 1e-9) * (1 - done)
+        left = minutes_left(state, self.max_steps, self.args.max_minutes)
         use = f"MFU {entry['mfu']:.1%}" if "mfu" in entry else f"{entry['tflops']:.2f} TFLOP/s"
         self.bar.set_postfix_str(
             f"loss {figures['loss']:.3f}, {entry['tokens_per_second']:,} tokens/s, "
-            f"{entry['samples_per_second']:,} rows/s, {use}, {entry['memory_gib']:.1f} GiB, {left / 60:.1f} min left"
+            f"{entry['samples_per_second']:,} rows/s, {use}, {entry['memory_gib']:.1f} GiB"
+            + (f", {left:.1f} min left" if left is not None else "")
         )
         self.bar.write(f"[Train Epoch {epoch}] step: {state.step}, loss: {figures['loss']:.4f}")
         self.append("log.jsonl", entry)
@@ -150,6 +151,14 @@ class Reporter:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def minutes_left(state: State, max_steps: int, max_minutes: float | None) -> float | None:
+    """How long training goes on; None while nothing tells how long a step takes: the first one also compiles."""
+    left = [] if max_minutes is None else [max(0.0, max_minutes - state.seconds / 60)]
+    if max_steps < sys.maxsize and state.step > 1:
+        left.append(state.seconds / 60 * (max_steps - state.step) / state.step)
+    return min(left, default=None)
 
 
 def run_name(args: TrainArgs) -> str:

@@ -262,7 +262,7 @@ def train(run: Run, loader) -> str | None:
             state.step, state.tokens = state.step + 1, state.tokens + totals["tokens"]
             state.rows += totals["rows"]
             state.seconds = time.perf_counter() - start
-            run.reporter.step(epoch, done, totals, figures)
+            run.reporter.step(epoch, totals, figures)
             if args.eval_every and state.step % args.eval_every == 0:
                 evaluated = state.step
                 if evaluate_and_keep(run):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,10 +15,11 @@ from transformers import AutoConfig, AutoModel
 
 import train_accelerate
 from backbones_minivlm import build
-from checkpoints_minivlm import newest_checkpoint
+from checkpoints_minivlm import State, newest_checkpoint
 from data_minivlm import decode_image
 from optimization_minivlm import build_optimizers, check_gradients, freeze, schedule
 from options_minivlm import parse_args
+from reporting_minivlm import minutes_left
 from scripts import demo
 from scripts.evaluate import evaluate, load_trained, normalise, option_scores, prompts, wilson
 
@@ -128,6 +130,17 @@ def test_a_trained_tower_is_taken_over(data, tmp_path):
     assert len(model.model.vision_tower.encoder.layers) == VISION["num_hidden_layers"] - 1
     for name, weight in model.model.vision_tower.state_dict().items():
         assert torch.equal(weight, tower.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("length", [("--max_steps", "3"), ("--max_minutes", "0.05")])
+def test_time_left_is_told_once_it_is_known(length, data, tmp_path, capsys):
+    run(data, tmp_path / "run", *length)
+    lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "GiB" in line]
+    left = [float(found[1]) if (found := re.search(r"([\d.]+) min left", line)) else None for line in lines]
+    assert len(left) > 2 and left[-1] == 0.0 and all(minutes is None or minutes < 3 for minutes in left), left
+    assert minutes_left(State(step=1, seconds=40), 100, None) is None
+    assert minutes_left(State(step=50, seconds=60), 100, None) == 1.0
+    assert minutes_left(State(step=1, seconds=60), sys.maxsize, 5) == 4.0
 
 
 def test_demo_runs_from_nothing_to_a_contact_sheet(tmp_path, capsys, monkeypatch):
