@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil
 from transformers.image_utils import (
@@ -22,6 +23,7 @@ from processing_minivlm import MiniVLMProcessor
 from scripts.evaluate import load_trained, register_config
 
 ROOT = Path(__file__).parent
+PARTS_OF_NEW = ("vision_model", "text_model", "tokenizer")  # options of a new model; one that exists has its own
 TURN_START, TURN_END, IMAGE = "<|im_start|>", "<|im_end|>", "<|image_pad|>"  # what our chat template writes
 NORMALISATION = {  # by family of the tower; what it was trained with
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
@@ -33,9 +35,21 @@ NORMALISATION = {  # by family of the tower; what it was trained with
 
 def check_sources(args: TrainArgs) -> None:
     """Stop before anything is loaded if a folder or Hub id to start from does not exist."""
-    for name in ("model", "vision_model", "text_model", "tokenizer"):
+    if args.model:  # complete in itself
+        check_source("model", args.model, "config.json")
+        if given := [f"--{name} {getattr(args, name)}" for name in PARTS_OF_NEW if not from_recipe(args, name)]:
+            print(f"warning: {', '.join(given)} not used: --model {args.model} has its own. Leave one of the two out.")
+        return
+    for name in PARTS_OF_NEW:
         if source := getattr(args, name):
             check_source(name, source, "tokenizer_config.json" if name == "tokenizer" else "config.json")
+
+
+def from_recipe(args: TrainArgs, name: str) -> bool:
+    """Whether an option is left out or as the recipe has it, and so was not given on the command line."""
+    value = getattr(args, name)
+    written = yaml.safe_load(Path(args.recipe).read_text(encoding="utf-8")) if value and args.recipe else None
+    return value is None or value == (written or {}).get(name)
 
 
 def check_source(option: str, source: str, file: str) -> None:

@@ -9,6 +9,8 @@ from test_convert import fails, train_and_ask
 from tiny import ROOT, make_pixels
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from backbones_minivlm import check_sources
+from options_minivlm import parse_args
 from scripts.convert.__main__ import main
 from scripts.evaluate import load_trained
 
@@ -59,6 +61,19 @@ def test_what_cannot_be_joined_is_refused_before_anything_is_written(published, 
     command = ["build", "--vision_model", tower, "--text_model", decoder, "--out", str(out), "--model_config"]
     said = fails([*command, '{"pixel_shuffle_factor": 3}'], out)
     assert "`pixel_shuffle_factor`=3 does not divide the 2 x 2 patch grid" in said
+
+
+def test_a_model_needs_no_parts_of_a_new_one(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("vision_model: runs/tower-that-was-deleted\n", encoding="utf-8")
+    options = ["--recipe", str(recipe), "--model", str(ROOT)]
+    check_sources(parse_args(options))
+    assert capsys.readouterr().out == ""
+    check_sources(parse_args([*options, "--text_model", "no/such", "--vision_model", "another/tower"]))
+    said = "warning: --vision_model another/tower, --text_model no/such not used: --model "
+    assert capsys.readouterr().out.startswith(said)
+    with pytest.raises(ValueError, match="--vision_model runs/tower-that-was-deleted: neither a folder"):
+        check_sources(parse_args(options[:2]))
 
 
 def test_a_model_that_is_none_of_ours_is_refused(published, tmp_path, capsys):
