@@ -167,7 +167,7 @@ class FeatureCache:
         path = self.folder / f"{number:06d}.safetensors"
         digests = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8).view(-1, 16)
         save_file({"features": torch.cat(features), "digests": digests}, path.with_suffix(".partial"))
-        path.with_suffix(".partial").rename(path)
+        path.with_suffix(".partial").replace(path)  # `rename` onto a file fails on Windows
         names.clear()
         features.clear()
         return number + 1

@@ -1,10 +1,13 @@
 """Cached features train as the tower itself does, and are never taken for those of another tower or preprocessing."""
 
 import json
+import os
+import pathlib
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from test_data import row, write
 from test_sources import run
 from test_training import TINY, losses
@@ -51,6 +54,22 @@ def test_each_picture_is_computed_once_and_in_its_own_place(tmp_path):
             torch.testing.assert_close(cache(sample["images"])[:, 0], hidden)
     with pytest.raises(BadRow, match="unreadable picture"):
         cache([b"damaged"])
+
+
+def test_a_file_is_replaced_where_the_system_renames_onto_none(tmp_path, monkeypatch):
+    def rename(path, target):
+        if os.path.exists(target):
+            raise FileExistsError(f"[WinError 183] {target}")
+        os.replace(path, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    cache = FeatureCache(str(tmp_path), make_model(), Encoder(make_processor()), torch.float32)
+    cache.folder.mkdir()
+    for value in (1.0, 2.0):  # two runs that share a cache write the same number
+        assert cache.write(7, [bytes(16)], [torch.full((1, 4, 16), value)]) == 8
+    (file,) = cache.folder.glob("*")
+    assert file.name == "000007.safetensors" and load_file(file)["features"].unique().tolist() == [2.0]
 
 
 def test_another_tower_or_preprocessing_has_another_cache(tmp_path):
