@@ -219,9 +219,9 @@ def split_markers(text: str) -> list[dict]:
     return parts
 
 
-def is_placeholder(image: bytes) -> bool:
+def is_placeholder(image: bytes | dict) -> bool:
     """Whether a picture is the 8 x 8 black one that MiniMind-V puts into rows without a picture."""
-    with open_picture(image) as picture:
+    with open_picture(image["bytes"] if isinstance(image, dict) else image) as picture:
         return picture.size == (8, 8) and picture.convert("L").getextrema() == (0, 0)
 
 
