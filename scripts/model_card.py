@@ -1,14 +1,23 @@
-"""The model card of a trained model, from what its run left behind: run.json, recipe.yaml and loss.png."""
+"""The model card of a trained model, from what its run left behind: run.json, recipe.yaml and loss.png.
 
+    python -m scripts.model_card          # the results of data/results.json into this repository's own card
+
+The second way writes them twice: as `model-index` into the header of README.md, and as .eval_results/minivlm.yaml.
+"""
+
+import argparse
 import json
 import math
 import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_token
 
+OWN_REPO = "jinv2/minivlm"  # model and data are one tree
 MARKER = "<!-- Written by scripts/model_card.py, and anew at each upload. Delete this line to keep your own words. -->"
 # Options that say where a run was made and not how.
 PLACES = ("output_dir", "resume", "feature_cache", "trackers", "run_name", "push_to_hub", "push_every", "hub_private")
@@ -72,23 +81,72 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
+def cells(metrics: dict) -> Iterator[tuple[str, str, str, dict]]:
+    """Metric, its title, what it is of (`name-en`, "" for all) and the figures, for each share of an evaluation."""
+    if metrics.get("overall"):
+        yield "exact_match", "Exact match", "", metrics["overall"]
+    for key, metric, title in (("tasks", "exact_match", "Exact match"), ("ranked", "accuracy", "Likeliest option")):
+        for task, languages in metrics.get(key, {}).items():
+            for language, cell in languages.items():
+                yield metric, title, f"{task}-{language}", cell
+
+
+def evidence(cell: dict) -> str:
+    return f"{cell['hits']} of {cell['count']}, 95 % interval {cell['low']:.4f} to {cell['high']:.4f}"
+
+
 def eval_results(metrics: dict, sources: list[str]) -> list[EvalResult]:
     """The model-index: one entry per task and language, and one over all of them."""
     hub = [source.split(":")[1] for source in sources if source.startswith("hub:")]
     data = {"dataset_type": hub[0] if hub else "custom", "dataset_name": anonymous(", ".join(sources)) or "evaluation"}
+    return [
+        EvalResult(
+            "image-text-to-text", metric_type=metric, metric_name=f"{title} ({evidence(cell)})",
+            metric_value=cell["match"], dataset_config=part or None, **data,
+        )
+        for metric, title, part, cell in cells(metrics)
+    ]  # fmt: skip
 
-    def result(cell: dict, metric: str, title: str, config: str | None = None) -> EvalResult:
-        title += f" ({cell['hits']} of {cell['count']}, 95 % interval {cell['low']:.4f} to {cell['high']:.4f})"
-        return EvalResult(
-            "image-text-to-text", metric_type=metric, metric_name=title, metric_value=cell["match"],
-            dataset_config=config, **data,
-        )  # fmt: skip
 
-    found = [result(metrics["overall"], "exact_match", "Exact match")] if metrics.get("overall") else []
-    for key, metric, title in (("tasks", "exact_match", "Exact match"), ("ranked", "accuracy", "Likeliest option")):
-        for task, languages in metrics.get(key, {}).items():
-            found += [result(cell, metric, title, f"{task}-{lang}") for lang, cell in languages.items()]
-    return found
+def own_results(metrics: dict) -> list[EvalResult]:
+    """The model-index of the released weights, on the data that lies beside them."""
+    return [
+        EvalResult(
+            "image-text-to-text", dataset_type=OWN_REPO, dataset_name="MiniVLM emoji", dataset_config="default",
+            dataset_split="test", metric_type=metric, metric_value=cell["match"],
+            metric_name=f"{title}, {part or 'overall'} ({evidence(cell)})",
+        )
+        for metric, title, part, cell in cells(metrics)
+    ]  # fmt: skip
+
+
+def own_entries(metrics: dict) -> list[dict]:
+    """The same for `.eval_results/`, which the Hub reads today; `-likeliest` marks tasks whose options were ranked."""
+    return [
+        {
+            "dataset": {
+                "id": OWN_REPO,
+                "task_id": (part or "overall") + ("-likeliest" if metric == "accuracy" else ""),
+            },
+            "value": cell["match"],
+            "notes": f"{title}: {evidence(cell)}",
+        }
+        for metric, title, part, cell in cells(metrics)
+    ]
+
+
+def write_own(root: Path) -> list[Path]:
+    """Write data/results.json into the header of README.md, whose other keys stay, and .eval_results/minivlm.yaml."""
+    metrics = json.loads((root / "data" / "results.json").read_text(encoding="utf-8"))
+    readme, entries = root / "README.md", root / ".eval_results" / "minivlm.yaml"
+    card = ModelCard(readme.read_text(encoding="utf-8"))
+    card.data.datasets, card.data.model_name = [OWN_REPO], OWN_REPO.split("/")[1]
+    card.data.eval_results = own_results(metrics)
+    put(readme, str(card).encode())
+    entries.parent.mkdir(exist_ok=True)
+    text = yaml.safe_dump(own_entries(metrics), sort_keys=False, width=110)
+    put(entries, text.encode())
+    return [readme, entries]
 
 
 def results(metrics: dict) -> str:
@@ -186,3 +244,14 @@ def scrub(text: str) -> str:
     if token := secret():
         text = text.replace(token, "***")
     return re.sub(r"\bhf_(oauth_|jwt_)?[A-Za-z0-9]{20,}[\w.-]*|(?<=Bearer )\S+", "***", text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.model_card", description=__doc__.split("\n")[2].strip())
+    parser.add_argument("--root", type=Path, default=Path("."), help="Folder with README.md and data/results.json.")
+    for path in write_own(parser.parse_args(argv).root):
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,16 +1,21 @@
 """The repository's own card: what it says of data and results is what lies beside it."""
 
 import io
+import json
 import shutil
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from datasets import get_dataset_config_names, load_dataset
+from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import ROOT
 
+from scripts.model_card import main
 from sources_minivlm import load_rows, minimind_v
 
 FILES = {
@@ -68,3 +73,48 @@ def test_a_typed_placeholder_is_left_out_as_a_raw_one():
     Image.new("RGB", (8, 8)).save(buffer := io.BytesIO(), "PNG")
     for image in (buffer.getvalue(), {"bytes": buffer.getvalue(), "path": None}):
         assert minimind_v({"conversations": words, "image_bytes": image})["images"] == []
+
+
+def reported() -> dict[str, tuple[float, str]]:
+    """Share and evidence of each figure of data/results.json, by what it is of."""
+    results = json.loads((ROOT / "data" / "results.json").read_text(encoding="utf-8"))
+    found = {"overall": results["overall"]}
+    for kind, behind in (("tasks", ""), ("ranked", "-likeliest")):
+        for task, languages in results[kind].items():
+            found |= {f"{task}-{language}{behind}": cell for language, cell in languages.items()}
+    return {name: (cell["match"], f"{cell['hits']} of {cell['count']}") for name, cell in found.items()}
+
+
+def test_the_model_index_is_the_results():
+    card = ModelCard.load(ROOT / "README.md", ignore_metadata_errors=False)
+    assert card.data.datasets == ["jinv2/minivlm"] and card.data.model_name == "minivlm"
+    found = {}
+    for result in card.data.eval_results:
+        where = (result.task_type, result.dataset_type, result.dataset_config, result.dataset_split)
+        assert where == ("image-text-to-text", "jinv2/minivlm", "default", "test")
+        title, name = result.metric_name.split(" (")[0].split(", ")
+        assert (title, result.metric_type) in (("Exact match", "exact_match"), ("Likeliest option", "accuracy"))
+        evidence = result.metric_name.split(" (")[1].split(", ")[0]
+        found[name + "-likeliest" * (title == "Likeliest option")] = (result.metric_value, evidence)
+    assert found == reported() and len(found) == 27, "new results: python -m scripts.model_card"
+
+
+def test_the_entries_that_the_hub_reads_are_the_results():
+    entries = yaml.safe_load((ROOT / ".eval_results" / "minivlm.yaml").read_text(encoding="utf-8"))
+    parsed = huggingface_hub.parse_eval_result_entries(entries)
+    assert huggingface_hub.eval_result_entries_to_yaml(parsed) == entries, "a key that the library does not know"
+    assert {entry.dataset_id for entry in parsed} == {"jinv2/minivlm"}
+    found = {entry.task_id: (entry.value, entry.notes.split(": ")[1].split(",")[0]) for entry in parsed}
+    assert found == reported()
+
+
+def test_the_card_is_written_anew_from_new_results(repository):
+    before = (repository / "README.md").read_text(encoding="utf-8")
+    main(["--root", str(repository)])
+    assert (repository / "README.md").read_text(encoding="utf-8") == before, "writing it twice changes nothing"
+    path = repository / "data" / "results.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("0.5712", "0.9999"), encoding="utf-8")
+    main(["--root", str(repository)])
+    after = (repository / "README.md").read_text(encoding="utf-8")
+    assert after == before.replace("0.5712", "0.9999") != before
+    assert "value: 0.9999" in (repository / ".eval_results" / "minivlm.yaml").read_text(encoding="utf-8")
