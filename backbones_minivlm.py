@@ -136,7 +136,9 @@ def check_agrees(part: str, source: str, wanted: dict | None, found) -> None:
 
 def prepare_tokenizer(source: str):
     """A tokenizer that knows our chat template's tokens, and ends a turn where the template does."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    # An answer continues from the last token of its row, so prompts are padded in front; training pads by itself. An
+    # attribute that is set after loading would not be saved.
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     known = tokenizer.get_vocab()
     if missing := [token for token in (TURN_START, TURN_END, IMAGE) if token not in known]:
         tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)

@@ -345,6 +345,7 @@ CONFIG = {
     ],
     "model_max_length": 32768,
     "pad_token": "<|endoftext|>",
+    "padding_side": "left",  # an answer continues from the last token of its row, in a batch, too
     "tokenizer_class": "PreTrainedTokenizerFast",
     "unk_token": "<|endoftext|>",  # bytes cover everything: only `convert_tokens_to_ids` of an unknown name returns it
 }

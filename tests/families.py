@@ -77,5 +77,5 @@ def make_parts(folder):
     pad, start, end = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
     second = byte_tokenizer(pad, start, end, pad_token=pad, bos_token=start, eos_token=end)
     second.save_pretrained(folder / "second")
-    PreTrainedTokenizerFast.from_pretrained(ROOT).save_pretrained(folder / "third")
+    PreTrainedTokenizerFast.from_pretrained(ROOT, padding_side="right").save_pretrained(folder / "third")
     return {"folder": folder, "mlp": siglip, "linear": clip}

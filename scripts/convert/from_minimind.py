@@ -71,7 +71,8 @@ def from_minimind(
             "python -m scripts.convert build --vision_model ... --text_model OUT."
         )
     else:
-        model, processor = AutoModelForCausalLM.from_config(text), AutoTokenizer.from_pretrained(tokenizer)
+        model = AutoModelForCausalLM.from_config(text)
+        processor = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
         ids = {f"{key}_token_id": getattr(processor, f"{key}_token_id") for key in ("bos", "eos", "pad")}
         model.generation_config = GenerationConfig(**ids)
     table = names(text, projector, vocab_size)

@@ -1,0 +1,63 @@
+"""How a folder answers by default: in batches, to prompts with pictures, and from every command that writes one."""
+
+import pytest
+from families import plain_tokenizer
+from test_convert import make
+from test_training import run
+from tiny import ROOT
+from transformers import AutoTokenizer, pipeline
+
+from data_minivlm import decode_image
+from scripts.convert.__main__ import main
+from sources_minivlm import load_rows
+
+
+@pytest.fixture(scope="module")
+def questions():
+    """24 conversations of the embedded test data, on pictures of their own, without the answers."""
+    rows = load_rows([str(ROOT / "data" / "test.parquet")])
+    samples = [rows.adapt(i) for i in range(0, len(rows), len(rows) // 24)][:24]
+    turns = []
+    for sample in samples:
+        pictures = iter(sample["images"])
+        *asked, _ = sample["messages"]
+        for message in asked:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = decode_image(next(pictures))
+        turns.append(asked)
+    return turns
+
+
+def test_the_released_model_answers_in_a_batch_as_alone(questions):
+    ask = pipeline("image-text-to-text", model=str(ROOT), trust_remote_code=True, device="cpu")
+    options = {"max_new_tokens": 16, "do_sample": False, "return_full_text": False}
+    together = [answer[0]["generated_text"] for answer in ask(text=questions, batch_size=8, **options)]
+    alone = [ask(text=[turns], **options)[0][0]["generated_text"] for turns in questions]
+    assert together == alone and len(set(alone)) > 8
+
+
+def check(folder):
+    """What a prompt and its answer need from a saved folder."""
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
+
+
+def test_trained_folders_answer_by_our_defaults(data, tmp_path):
+    plain_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    final = run(data, tmp_path / "run", "--tokenizer", str(tmp_path / "tokenizer"), "--max_steps", "1")
+    check(final)
+    check(run(data, tmp_path / "again", "--model_config", "{}", "--model", str(final), "--max_steps", "1"))
+
+
+def test_joined_and_exported_folders_answer_by_our_defaults(published, tmp_path):
+    parts = ["--vision_model", str(published("siglip_vision_model")), "--text_model", str(published("qwen3"))]
+    main(["build", *parts, "--out", str(tmp_path / "ours"), "--model_config", '{"vision_feature_layer": -1}'])
+    check(tmp_path / "ours")
+    for command in ("to_llava", "to_causal_lm"):
+        main([command, str(tmp_path / "ours"), "--out", str(tmp_path / command)])
+        check(tmp_path / command)
+
+
+@pytest.mark.parametrize("name", ["minimind-3v", "minimind2-v", "minimind2"])
+def test_converted_folders_answer_by_our_defaults(name, parts, tmp_path):
+    check(make(name, parts, tmp_path)[1])
