@@ -5,7 +5,14 @@ from pathlib import Path
 import torch
 import yaml
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    GenerationConfig,
+)
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -25,6 +32,9 @@ from scripts.evaluate import load_trained, register_config
 ROOT = Path(__file__).parent
 PARTS_OF_NEW = ("vision_model", "text_model", "tokenizer")  # options of a new model; one that exists has its own
 TURN_START, TURN_END, IMAGE = "<|im_start|>", "<|im_end|>", "<|image_pad|>"  # what our chat template writes
+# Of an answer. `generate` alone stops at 20, but the embedded data's longest caption has 75. The same as the limit of
+# transformers' image-text-to-text pipeline.
+MAX_NEW_TOKENS = 256
 NORMALISATION = {  # by family of the tower; what it was trained with
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "siglip": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),  # one half each
@@ -80,12 +90,7 @@ def build(args: TrainArgs) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProc
         decoder = AutoModelForCausalLM.from_pretrained(args.text_model, dtype=torch.float32)
         resize_vocabulary(decoder, config.text_config.vocab_size)
     model = MiniVLMForConditionalGeneration._from_config(config, attn_implementation=args.attn_implementation)
-    model.generation_config.update(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[config.image_token_id],  # a placeholder in an answer would ask for an absent picture
-    )
+    model.generation_config = generation_defaults(config, tokenizer)
     if tower is not None:
         load_weights(model.model.vision_tower, tower, args.vision_model)
     if decoder is not None:
@@ -147,6 +152,18 @@ def prepare_tokenizer(source: str):
     tokenizer.eos_token = TURN_END
     tokenizer.chat_template = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
     return tokenizer
+
+
+def generation_defaults(config: MiniVLMConfig, tokenizer) -> GenerationConfig:
+    """Return what `generate` does unless its caller says otherwise, for generation_config.json."""
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=MAX_NEW_TOKENS,
+        # An image token in an answer asks for a picture that is absent. Prompt lookup would copy one from the prompt.
+        suppress_tokens=[config.image_token_id],
+    )
 
 
 @torch.no_grad()

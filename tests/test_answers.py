@@ -2,13 +2,15 @@
 
 import pytest
 from families import plain_tokenizer
-from test_convert import make
+from test_convert import PICTURED, make
 from test_training import run
 from tiny import ROOT
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, GenerationConfig, pipeline
 
+from backbones_minivlm import MAX_NEW_TOKENS, generation_defaults
 from data_minivlm import decode_image
 from scripts.convert.__main__ import main
+from scripts.evaluate import load_trained
 from sources_minivlm import load_rows
 
 
@@ -37,9 +39,35 @@ def test_the_released_model_answers_in_a_batch_as_alone(questions):
     assert together == alone and len(set(alone)) > 8
 
 
-def check(folder):
-    """What a prompt and its answer need from a saved folder."""
-    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
+@pytest.mark.parametrize("width", [1, 2, 10])
+def test_prompt_lookup_gives_the_greedy_answer(width, questions):
+    """It drafts what follows a match in the prompt; with one token, often the pictures' placeholders."""
+    model, processor = load_trained(ROOT)
+    options = {"max_new_tokens": 32, "do_sample": False}
+    for turns in questions:
+        inputs = processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        drafted = model.generate(**inputs, **options, prompt_lookup_num_tokens=width)
+        assert drafted.tolist() == model.generate(**inputs, **options).tolist()
+
+
+def check(folder, pictures=True):
+    """Assert what a prompt and its answer need from a saved folder."""
+    tokenizer, defaults = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    assert tokenizer.padding_side == "left"
+    assert (defaults.eos_token_id, defaults.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if pictures:
+        assert defaults.suppress_tokens == [tokenizer.convert_tokens_to_ids("<|image_pad|>")]
+        assert defaults.max_new_tokens == MAX_NEW_TOKENS
+
+
+def test_the_released_folder_answers_by_our_defaults():
+    check(ROOT)
+    model, processor = load_trained(ROOT)
+    assert (
+        model.generation_config.to_diff_dict() == generation_defaults(model.config, processor.tokenizer).to_diff_dict()
+    )
 
 
 def test_trained_folders_answer_by_our_defaults(data, tmp_path):
@@ -60,4 +88,4 @@ def test_joined_and_exported_folders_answer_by_our_defaults(published, tmp_path)
 
 @pytest.mark.parametrize("name", ["minimind-3v", "minimind2-v", "minimind2"])
 def test_converted_folders_answer_by_our_defaults(name, parts, tmp_path):
-    check(make(name, parts, tmp_path)[1])
+    check(make(name, parts, tmp_path)[1], pictures=name in PICTURED)

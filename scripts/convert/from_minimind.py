@@ -14,7 +14,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from backbones_minivlm import IMAGE, build_processor, check_source, load_weights, prepare_tokenizer
+from backbones_minivlm import (
+    IMAGE,
+    build_processor,
+    check_source,
+    generation_defaults,
+    load_weights,
+    prepare_tokenizer,
+)
 from configuration_minivlm import MiniVLMConfig
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from scripts.convert.files import new_folder, read_tensors
@@ -128,12 +135,7 @@ def vision_language(text: PreTrainedConfig, projector: str, tokenizer: str, visi
         )
     model = MiniVLMForConditionalGeneration._from_config(config)
     load_weights(model.model.vision_tower, tower, vision_model)
-    model.generation_config.update(
-        bos_token_id=text.bos_token_id,
-        eos_token_id=text.eos_token_id,
-        pad_token_id=text.pad_token_id,
-        suppress_tokens=[config.image_token_id],
-    )
+    model.generation_config = generation_defaults(config, prepared)
     processor = build_processor(config, prepared, published_image_processor(vision_model))
     processor.chat_template = TEMPLATES[projector] + processor.chat_template
     return model, processor
