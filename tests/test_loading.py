@@ -231,7 +231,7 @@ def test_a_saved_checkpoint_answers_without_the_project(checkpoint, tmp_path):
         return_tensors="pt",
     )
     with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, result["logits"])
+        same(model(**inputs).logits, result["logits"])  # another process: not bit for bit
     for name in ("configuration_minivlm.py", "modeling_minivlm.py", "processing_minivlm.py"):
         for place in (folder, tmp_path / "again"):
             assert (place / name).read_text() == (ROOT / name).read_text()

@@ -20,7 +20,7 @@ import yaml
 from hub_server import Fault, HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import ROOT, make_model, make_pixels, make_processor, make_prompt
+from tiny import ROOT, make_model, make_pixels, make_processor, make_prompt, same
 
 from scripts.model_card import MARKER, scrub, write_card
 from scripts.release import WAITS, check, files_of
@@ -148,7 +148,7 @@ print("type", type(processor).__name__)
 """
 
 
-def test_published_model_answers_bit_for_bit_alike_and_its_card_tells_how(out, hub, client, tmp_path):
+def test_published_model_answers_alike_and_its_card_tells_how(out, hub, client, tmp_path):
     done = client(out / "final", "--repo_id", REPO, "--private", "--tag", "v1.0", "--message", "First light")
     assert done.returncode == 0, done.stderr
     commit, message, _ = hub.repos[REPO].commits[-1]
@@ -169,7 +169,7 @@ def test_published_model_answers_bit_for_bit_alike_and_its_card_tells_how(out, h
     assert "type MiniVLMProcessor" in loaded.stdout
     with torch.no_grad():
         expected = make_model(text={"vocab_size": 6400})(**inputs).logits
-    assert torch.equal(torch.load(place / "logits.pt"), expected)
+    same(torch.load(place / "logits.pt"), expected)  # not bit for bit: sums depend on the number of threads
     assert [request.authorized for request in hub.asked("get")] == [None], "the storage's host was sent the token"
 
 

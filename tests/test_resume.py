@@ -30,7 +30,9 @@ def command(data, folder, ranks, *options):
 
 
 def environment():
-    return os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """One thread in every process, or sums differ in their last bits; where MKL is told a number, torch obeys that."""
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return os.environ | threads | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
 
 
 def log(folder):
