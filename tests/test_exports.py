@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_convert import fails
 from tiny import ROOT, make_config, make_model, make_pixels, make_processor, make_prompt, same
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -61,6 +62,32 @@ def test_llava_gives_the_same_logits_and_answers(case, tmp_path, picture, capsys
         )  # fmt: skip
         answers.append(m.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist())
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+def test_weights_of_the_tower_are_named_as_vllm_wants_them(tower, tmp_path):
+    """vLLM's LLaVA cuts `model.` off and keeps a CLIP or SigLIP tower as `vision_tower.vision_model`."""
+    model = save(tmp_path / "ours", vision={"model_type": tower}, vision_feature_layer=-1)
+    main(["to_llava", str(tmp_path / "ours"), "--out", str(tmp_path / "llava")])
+    names = [name.removeprefix("model.") for name in load_file(tmp_path / "llava" / "model.safetensors")]
+    for part, start in (("vision_tower", "vision_tower.vision_model."), ("language_model", "language_model.model.")):
+        of_part = [name for name in names if name.startswith(part)]
+        assert of_part and all(name.startswith(start) and name.count(part) == 1 for name in of_part), of_part
+    again, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    weights = again.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weights[name], weight), name
+
+
+@pytest.mark.parametrize("command", ["to_llava", "to_causal_lm"])
+def test_an_export_names_no_code_of_ours(command, tmp_path):
+    save(tmp_path / "ours")
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        assert "processing_minivlm" in (tmp_path / "ours" / name).read_text()
+    main([command, str(tmp_path / "ours"), "--out", str(tmp_path / "out")])
+    for path in (tmp_path / "out").glob("*.json"):
+        assert "auto_map" not in path.read_text() and "MiniVLM" not in path.read_text(), path.name
 
 
 def test_a_load_of_llava_lacks_no_weight(tmp_path):

@@ -10,6 +10,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
     Qwen3Config,
 )
 
@@ -70,6 +71,29 @@ def llava_config(config: MiniVLMConfig) -> LlavaConfig:
     )
 
 
+def published_weights(llava: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """Return the weights under the names that CLIP and SigLIP are published with, `vision_tower.vision_model.*`.
+
+    vLLM's LLaVA knows only those. transformers reads both spellings, but a model that was not loaded from a file is
+    saved without `vision_model`.
+    """
+    short, published = "model.vision_tower.", "model.vision_tower.vision_model."
+    weights = llava.state_dict()
+    if llava.config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        return weights
+    return {
+        name if name.startswith(published) else name.replace(short, published, 1): weight
+        for name, weight in weights.items()
+    }
+
+
+def forget_our_code(processor: ProcessorMixin) -> None:
+    """Remove the names of our processor and its file from its parts, which would be saved with them."""
+    for names in (vars(processor.image_processor), processor.tokenizer.init_kwargs, vars(processor.tokenizer)):
+        for name in ("auto_map", "processor_class", "_processor_class"):
+            names.pop(name, None)
+
+
 def to_llava(source: str | Path, out: str | Path, verify: bool = False) -> list[str]:
     """Write `source` as a `LlavaForConditionalGeneration` with its processor; returns lines for a person."""
     model, processor = load_trained(source)
@@ -82,6 +106,7 @@ def to_llava(source: str | Path, out: str | Path, verify: bool = False) -> list[
         raise ValueError(f"Weights without a place in LLaVA: {unexpected}; without a source: {lacking}.")
     llava.generation_config = model.generation_config
     special = config.vision_config.model_type not in TOWERS_WITHOUT_CLASS_TOKEN
+    forget_our_code(processor)
     exported = LlavaProcessor(
         processor.image_processor,
         processor.tokenizer,
@@ -92,7 +117,8 @@ def to_llava(source: str | Path, out: str | Path, verify: bool = False) -> list[
         num_additional_image_tokens=special + getattr(config.vision_config, "num_register_tokens", 0) * special,
     )
     with new_folder(out) as folder:
-        llava.to(model.dtype).save_pretrained(folder)
+        llava.to(model.dtype)
+        llava.save_pretrained(folder, state_dict=published_weights(llava))
         exported.save_pretrained(folder)
         lines = [f"LlavaForConditionalGeneration, {sum(p.numel() for p in llava.parameters()):,} parameters"]
         if verify:
@@ -107,6 +133,7 @@ def to_causal_lm(source: str | Path, out: str | Path, verify: bool = False) -> l
     decoder.base_model.load_state_dict(model.model.language_model.state_dict())
     decoder.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
     decoder.generation_config = model.generation_config
+    forget_our_code(processor)
     processor.tokenizer.chat_template = processor.chat_template
     with new_folder(out) as folder:
         decoder.save_pretrained(folder)
