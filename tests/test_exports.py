@@ -21,6 +21,7 @@ CASES = {
     "siglip, one before": {"vision": SIGLIP, "vision_feature_layer": -2},
     "another activation": {"projector_hidden_act": "silu"},
     "dino": {"vision": DINO, "vision_feature_layer": -1},
+    "dino, one before": {"vision": DINO, "vision_feature_layer": -2},
     "untied, no bias": {"tie_word_embeddings": False, "multimodal_projector_bias": False},
     "yarn": {"text": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
                                           "original_max_position_embeddings": 128}}},

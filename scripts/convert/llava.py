@@ -32,12 +32,14 @@ def published_decoder(text: PreTrainedConfig) -> PreTrainedConfig:
     return Qwen3Config(**{key: getattr(text, key) for key in SHARED})
 
 
-def llava_config(config: MiniVLMConfig) -> LlavaConfig:
-    """Raises ValueError with all that LLaVA's projector and its reading of the tower cannot express."""
-    vision = config.vision_config
-    special = 0 if vision.model_type in TOWERS_WITHOUT_CLASS_TOKEN else 1 + getattr(vision, "num_register_tokens", 0)
-    full = config.vision_feature_select_strategy == "full" or not special
-    problems = []
+def special_tokens(vision: PreTrainedConfig) -> int:
+    """Return how many class and register tokens the tower puts before its patches."""
+    return 0 if vision.model_type in TOWERS_WITHOUT_CLASS_TOKEN else 1 + getattr(vision, "num_register_tokens", 0)
+
+
+def beyond_llava(config: MiniVLMConfig) -> list[str]:
+    """Return what LLaVA's projector and its reading of the tower cannot express, one phrase each."""
+    vision, problems = config.vision_config, []
     if config.projector_type != "mlp" or config.projector_layer_norm or config.pixel_shuffle_factor > 1:
         problems.append(
             f"projector_type={config.projector_type!r} with projector_layer_norm={config.projector_layer_norm} and "
@@ -47,15 +49,31 @@ def llava_config(config: MiniVLMConfig) -> LlavaConfig:
         problems.append(
             "vision_feature_layer=None, the tower's output behind its final norm (LLaVA: before it, as -2)"
         )
-    if not full and special > 1:
+    special = special_tokens(vision)
+    if config.vision_feature_select_strategy == "default" and special > 1:
         problems.append(f"a tower with {special} class and register tokens to drop (LLaVA drops one)")
+    return problems
+
+
+def llava_config(config: MiniVLMConfig) -> LlavaConfig:
+    """Return the same model as a LLaVA.
+
+    Raises:
+        ValueError: LLaVA cannot express it.
+    """
+    problems = beyond_llava(config)
     if problems:
         raise ValueError(
             f"LlavaForConditionalGeneration cannot express {'; '.join(problems)}. Train such a model with LLaVA's "
             "settings, or serve it by trust_remote_code=True."
         )
     # The blocks behind the one that is read are not built here, so that what is read is the last hidden state.
-    vision = type(vision).from_dict(vision.to_dict() | {"num_hidden_layers": config.num_vision_layers})
+    vision = config.vision_config
+    full = config.vision_feature_select_strategy == "full" or not special_tokens(vision)
+    fields = vision.to_dict() | {"num_hidden_layers": config.num_vision_layers}
+    for name in ("stage_names", "out_features", "out_indices"):  # DINO's lists of blocks, one entry for each
+        fields.pop(name, None)
+    vision = type(vision).from_dict(fields)
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = False  # its pooling head, which LLaVA does not read either
     return LlavaConfig(
@@ -94,6 +112,20 @@ def forget_our_code(processor: ProcessorMixin) -> None:
             names.pop(name, None)
 
 
+def llava_processor(processor: ProcessorMixin, config: LlavaConfig) -> LlavaProcessor:
+    """Return transformers' own processor for `config`, with the picture settings and tokenizer of ours."""
+    forget_our_code(processor)
+    return LlavaProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=processor.chat_template,
+        image_token=processor.image_token,
+        num_additional_image_tokens=special_tokens(config.vision_config),
+    )
+
+
 def to_llava(source: str | Path, out: str | Path, verify: bool = False) -> list[str]:
     """Write `source` as a `LlavaForConditionalGeneration` with its processor; returns lines for a person."""
     model, processor = load_trained(source)
@@ -105,21 +137,10 @@ def to_llava(source: str | Path, out: str | Path, verify: bool = False) -> list[
     if lacking or unexpected:
         raise ValueError(f"Weights without a place in LLaVA: {unexpected}; without a source: {lacking}.")
     llava.generation_config = model.generation_config
-    special = config.vision_config.model_type not in TOWERS_WITHOUT_CLASS_TOKEN
-    forget_our_code(processor)
-    exported = LlavaProcessor(
-        processor.image_processor,
-        processor.tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=processor.chat_template,
-        image_token=processor.image_token,
-        num_additional_image_tokens=special + getattr(config.vision_config, "num_register_tokens", 0) * special,
-    )
     with new_folder(out) as folder:
         llava.to(model.dtype)
         llava.save_pretrained(folder, state_dict=published_weights(llava))
-        exported.save_pretrained(folder)
+        llava_processor(processor, config).save_pretrained(folder)
         lines = [f"LlavaForConditionalGeneration, {sum(p.numel() for p in llava.parameters()):,} parameters"]
         if verify:
             lines += compare(model, LlavaForConditionalGeneration.from_pretrained(folder), pictured=True)
