@@ -1,19 +1,28 @@
 """The ONNX graphs answer as the model does, at batches, lengths and pictures that the exporter never saw."""
 
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from test_convert import fails
-from test_exports import save
+from test_exports import SIGLIP, save
 from tiny import ROOT, make_pixels, make_prompt, same
+from transformers import AutoProcessor
 
 from data_minivlm import decode_image
 from scripts.convert.__main__ import main
 from scripts.convert.to_onnx import VisionEncoder, compare, generate
+from scripts.convert.transformers_js import save_settings
 from scripts.evaluate import load_trained
 
 pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
 
 
 @pytest.fixture(scope="module")
@@ -99,21 +108,98 @@ def test_what_the_exporter_cannot_trace_is_said_and_not_kept(tmp_path, monkeypat
     assert "cannot trace the vision_encoder of type 'clip_vision_model'" in said
 
 
-@pytest.mark.slow
-def test_the_released_model_answers_the_same(tmp_path):
-    main(["to_onnx", str(ROOT), "--out", str(tmp_path / "out"), "--verify"])
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_transformers_js_finds_what_it_looks_for(exported, picture):
+    """Its file names, a model class that it has, its count of image tokens, and the axis that it fills in."""
+    model, folder = exported
+    config, pictures = read(folder / "config.json"), read(folder / "preprocessor_config.json")
+    assert (config["model_type"], config["text_config"]["model_type"]) == ("llava", "qwen3")
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["image_token_index"] == model.config.image_token_id
+    assert config["transformers.js_config"] == {"dtype": "fp32"}
+    assert (pictures["processor_class"], pictures["image_processor_type"]) == ("LlavaProcessor", "CLIPImageProcessor")
+    template = read(folder / "tokenizer_config.json")["chat_template"]
+    assert template == (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    processor = read(folder / "processor_config.json")
+    side = pictures["size"]["height"] // processor["patch_size"]
+    assert side**2 + processor["num_additional_image_tokens"] == model.config.image_seq_length
+    graphs = {"vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"}
+    assert {path.name for path in (folder / "onnx").iterdir()} == graphs
+    for slot in onnx.load(folder / "onnx" / "decoder_model_merged.onnx").graph.input:
+        assert slot.type.tensor_type.shape.dim[0].dim_param == "batch_size", slot.name
+    # Python's processor of the same folder counts as many, though it reads the strategy, too.
+    ids = AutoProcessor.from_pretrained(folder)(images=picture(), text="<|image_pad|>")["input_ids"][0]
+    assert list(ids).count(model.config.image_token_id) == model.config.image_seq_length
+
+
+@pytest.mark.parametrize("options", [{"vision_feature_select_strategy": "full"}, {"vision": SIGLIP}])
+def test_image_tokens_are_counted_with_and_without_a_class_token(options, tmp_path):
+    model = save(tmp_path / "ours", **options)
+    processor = load_trained(tmp_path / "ours")[1]
+    (tmp_path / "onnx").mkdir()
+    save_settings(model, processor, tmp_path)
+    added = read(tmp_path / "processor_config.json")["num_additional_image_tokens"]
+    assert added == (1 if "vision" not in options else 0) and 4 + added == model.config.image_seq_length
+
+
+def test_what_transformers_js_cannot_load_is_said_and_runs_in_onnxruntime(tmp_path, capsys):
+    save(tmp_path / "ours", projector_layer_norm=True)
+    main(["to_onnx", str(tmp_path / "ours"), "--out", str(tmp_path / "out"), "--verify"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "transformers.js" in line]
+    assert len(said) == 1 and "will not load it" in said[0] and "projector_layer_norm=True" in said[0]
+    assert read(tmp_path / "out" / "config.json")["model_type"] == "minivlm"
+    assert not (tmp_path / "out" / "preprocessor_config.json").exists()
+
+
+def ask_released(pictures, text):
+    """Our own greedy answers to one question about each picture, and what the model was given."""
     model, processor = load_trained(ROOT)
-    rows = pq.read_table(ROOT / "data" / "test.parquet").slice(0, 20).to_pylist()
-    for row in rows:
-        picture = row["image_bytes"][0] if isinstance(row["image_bytes"], list) else row["image_bytes"]
-        content = [
-            {"type": "image", "image": decode_image(picture)},
-            {"type": "text", "text": "这是什么？只回答名称。"},
-        ]
+    for picture in pictures:
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt",
         )  # fmt: skip
-        tokens, _ = generate(tmp_path / "out", {key: value.numpy() for key, value in inputs.items()}, 24)
-        expected = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        assert tokens.tolist() == expected.tolist()
+        answer = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        yield inputs, answer.tolist()
+
+
+def first_pictures():
+    rows = pq.read_table(ROOT / "data" / "test.parquet", columns=["image_bytes"]).slice(0, 20).to_pylist()
+    return [decode_image(row["image_bytes"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("released") / "out"
+    main(["to_onnx", str(ROOT), "--out", str(folder), "--verify"])
+    return folder
+
+
+@pytest.mark.slow
+def test_the_released_model_answers_the_same(released):
+    for inputs, expected in ask_released(first_pictures(), "这是什么？只回答名称。"):
+        tokens, _ = generate(released, {key: value.numpy() for key, value in inputs.items()}, 24)
+        assert tokens.tolist() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("npm"), reason="needs Node.js and npm")
+def test_transformers_js_answers_as_the_released_model_does(released, tmp_path):
+    """The npm package itself, in Node: processor, prompt, graphs and loop are all its own."""
+    environment = os.environ | {"ONNXRUNTIME_NODE_INSTALL": "skip"}  # a GPU's libraries, which are not needed
+    subprocess.run(["npm", "install", "@huggingface/transformers@4.3"], cwd=tmp_path, env=environment, check=True)
+    script = shutil.copy(Path(__file__).with_name("transformers_js.mjs"), tmp_path)
+    files, text = sorted((ROOT / "data" / "examples").glob("*.png")), "What is this? Answer with the name."
+    for i, picture in enumerate(first_pictures()):
+        files.append(tmp_path / f"{i}.png")
+        picture.save(files[-1])
+    questions = tmp_path / "questions.json"
+    questions.write_text(json.dumps([{"picture": str(path), "text": text} for path in files]), encoding="utf-8")
+    run = subprocess.run(["node", script, released, questions], cwd=tmp_path, capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+    expected = [answer[0] for _, answer in ask_released([decode_image(path.read_bytes()) for path in files], text)]
+    assert len(files) == 24 and json.loads(run.stdout.splitlines()[-1]) == expected

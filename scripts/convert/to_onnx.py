@@ -2,6 +2,7 @@
 
 Three graphs, named as Optimum and transformers.js name them: a picture is encoded once, token ids are embedded, and
 the decoder takes embeddings and its cache, which is empty at the first step. All axes but widths are free.
+transformers.js makes the empty cache from the names of the axes: it knows `batch_size` and takes any other for 0.
 """
 
 import importlib.util
@@ -18,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from modeling_minivlm import MiniVLMForConditionalGeneration
 from scripts.convert.files import new_folder
+from scripts.convert.transformers_js import save_settings
 from scripts.convert.verify import example, largest_difference
 from scripts.evaluate import load_trained
 
@@ -85,13 +87,11 @@ def to_onnx(source: str | Path, out: str | Path, verify: bool = False) -> list[s
     model.float().eval()
     with new_folder(out) as folder:
         export(model, folder)
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        settings = save_settings(model, processor, folder)
         lines = [f"{path.name}: {path.stat().st_size:,} bytes" for path in sorted((folder / "onnx").iterdir())]
         if verify:
             lines += compare(model, folder)
-    return lines
+    return lines + settings
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def export(model: MiniVLMForConditionalGeneration, folder: Path) -> None:
         EMBED: (
             Embeddings(model),
             {"input_ids": torch.zeros(B, T, dtype=torch.long)},
-            {"input_ids": {0: "batch", 1: "tokens"}},
+            {"input_ids": {0: "batch_size", 1: "tokens"}},
             ["input_ids"],
             ["inputs_embeds"],
         ),
@@ -137,10 +137,10 @@ def export(model: MiniVLMForConditionalGeneration, folder: Path) -> None:
                 "past": past,
             },
             {
-                "inputs_embeds": {0: "batch", 1: "tokens"},
-                "attention_mask": {0: "batch", 1: "past_and_tokens"},
-                "position_ids": {0: "batch", 1: "tokens"},
-                "past": [{0: "batch", 2: "past"}] * len(past),
+                "inputs_embeds": {0: "batch_size", 1: "tokens"},
+                "attention_mask": {0: "batch_size", 1: "past_and_tokens"},
+                "position_ids": {0: "batch_size", 1: "tokens"},
+                "past": [{0: "batch_size", 2: "past"}] * len(past),
             },
             ["inputs_embeds", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in names)],
             ["logits", *(f"present.{name}" for name in names)],
@@ -183,7 +183,8 @@ def generate(folder: str | Path, inputs: dict[str, np.ndarray], max_new_tokens: 
     import onnxruntime
 
     folder = Path(folder)
-    image_token_id = json.loads((folder / "config.json").read_text(encoding="utf-8"))["image_token_id"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    image_token_id = config.get("image_token_index", config.get("image_token_id"))  # LLaVA's name, and ours
     options = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     ends, pad = np.atleast_1d(options.get("eos_token_id") or []), options.get("pad_token_id") or 0
     vision, embed, decoder = (
