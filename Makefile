@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+VERSIONS ?= 5.19.0 newest
 
 # The environment is ours alone: nothing from the user's site-packages or PYTHONPATH is seen in it.
 export PYTHONNOUSERSITE := 1
@@ -18,12 +19,13 @@ RUN = "$(VENV)/bin/python"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo test test-slow style format clean distclean
+.PHONY: help venv demo test test-slow test-versions style format clean distclean
 
 help:
 	@echo "make demo       train and evaluate a small model on the embedded data"
 	@echo "make test       style and tests, without those marked slow (ARGS='-k packing' is passed to pytest)"
 	@echo "make test-slow  the tests marked slow; they take minutes, and some need the network"
+	@echo "make test-versions  the model's tests on the oldest and the newest transformers (VERSIONS='$(VERSIONS)')"
 	@echo "make style      ruff check and ruff format --check"
 	@echo "make format     let ruff repair what it can"
 	@echo "make venv       only make the environment"
@@ -51,6 +53,20 @@ test:
 test-slow:
 	$(ENVIRONMENT) --extras test,data
 	@$(RUN) -m pytest -m slow $(ARGS)
+
+# Each version has a light environment inside ours, which it sees through a .pth file: only what differs is installed.
+test-versions:
+	$(ENVIRONMENT) --extras test,data
+	@set -e; where="import sysconfig; print(sysconfig.get_path('purelib'))"; \
+	for version in $(VERSIONS); do \
+		light="$(VENV)/versions/$$version"; wanted="transformers==$$version"; \
+		if [ "$$version" = newest ]; then wanted="transformers<6"; fi; \
+		$(RUN) -m venv --clear "$$light"; \
+		$(RUN) -c "$$where" > "$$("$$light/bin/python" -c "$$where")/base.pth"; \
+		"$$light/bin/python" -m pip install --quiet --upgrade "$$wanted"; \
+		"$$light/bin/python" -c "import transformers; print('$$version: transformers', transformers.__version__, flush=True)"; \
+		"$$light/bin/python" -m pytest tests/test_versions.py tests/test_generation.py tests/test_loading.py $(ARGS); \
+	done
 
 style:
 	$(ENVIRONMENT) --extras test,data
