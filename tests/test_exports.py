@@ -8,6 +8,7 @@ from tiny import ROOT, make_config, make_model, make_pixels, make_processor, mak
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from scripts.convert.__main__ import main
+from scripts.convert.llava import llava_config
 from scripts.evaluate import load_trained
 
 SIGLIP = {"model_type": "siglip_vision_model"}
@@ -141,6 +142,17 @@ def test_decoders_of_other_families_leave_as_they_came(decoder, published, tmp_p
     assert type(before) is type(after)
     for name, weight in before.state_dict().items():
         assert torch.equal(after.state_dict()[name][: len(weight)], weight), name
+
+
+def test_the_configuration_of_an_export_leaves_the_model_as_it_is(published, tmp_path):
+    """A shared configuration of the decoder would lose the attention function that the model goes by."""
+    parts = ["--vision_model", str(published("siglip_vision_model")), "--text_model", str(published("llama"))]
+    main(["build", *parts, "--out", str(tmp_path / "ours"), "--model_config", '{"vision_feature_layer": -1}'])
+    model = load_trained(tmp_path / "ours")[0]
+    text = model.config.text_config
+    before = text._attn_implementation
+    assert llava_config(model.config).text_config is not text
+    assert text._attn_implementation == before is not None
 
 
 def test_an_export_that_does_not_verify_is_not_kept(tmp_path, monkeypatch):

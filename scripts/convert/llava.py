@@ -1,5 +1,6 @@
 """Out to classes that every engine knows, so that no code of ours is needed there: LLaVA, or the decoder alone."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -26,9 +27,12 @@ attention_dropout pad_token_id bos_token_id eos_token_id""".split()
 
 
 def published_decoder(text: PreTrainedConfig) -> PreTrainedConfig:
-    """Our own decoder is Qwen3's; any other is transformers' already."""
+    """Our own decoder is Qwen3's; any other is transformers' already, and a copy of its configuration is returned.
+
+    A second model must not share it: the attention function of the first is written there, and would be lost.
+    """
     if text.model_type != "minivlm_text":
-        return text
+        return copy.deepcopy(text)
     return Qwen3Config(**{key: getattr(text, key) for key in SHARED})
 
 
