@@ -88,6 +88,7 @@ def test_saved_config_names_every_remote_class(tmp_path):
         "AutoModel": "modeling_minivlm.MiniVLMModel",
         "AutoModelForCausalLM": "modeling_minivlm.MiniVLMForConditionalGeneration",
         "AutoModelForImageTextToText": "modeling_minivlm.MiniVLMForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_minivlm.MiniVLMForConditionalGeneration",
         "AutoProcessor": "processing_minivlm.MiniVLMProcessor",
     }
     assert (tmp_path / "configuration_minivlm.py").read_text() == (ROOT / "configuration_minivlm.py").read_text()
