@@ -14,29 +14,31 @@ unexport PYTHONPATH PYTHONHOME
 CHOSEN := $(if $(filter file default undefined,$(origin PYTHON)),,--python-chosen)
 ENVIRONMENT = @command -v "$(PYTHON)" >/dev/null || { \
 	echo "There is no '$(PYTHON)' here. Install Python 3.10 or later, or name yours: make $@ PYTHON=/path/to/python3.12" >&2; exit 1; }; \
-	MAKE_TARGET=$@ "$(PYTHON)" -I scripts/bootstrap.py --venv "$(VENV)" $(CHOSEN)
+	MAKE_TARGET=$@ "$(PYTHON)" -I tools/bootstrap.py --venv "$(VENV)" $(CHOSEN)
 RUN = "$(VENV)/bin/python"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo test test-slow test-versions style format clean distclean
+.PHONY: help venv demo test test-slow test-versions test-all style format clean distclean
 
 help:
-	@echo "make demo       train and evaluate a small model on the embedded data"
-	@echo "make test       style and tests, without those marked slow (ARGS='-k packing' is passed to pytest)"
-	@echo "make test-slow  the tests marked slow; they take minutes, and some need the network"
-	@echo "make test-versions  the model's tests on the oldest and the newest transformers (VERSIONS='$(VERSIONS)')"
-	@echo "make style      ruff check and ruff format --check"
-	@echo "make format     let ruff repair what it can"
-	@echo "make venv       only make the environment"
-	@echo "make clean      remove caches and build leftovers; make distclean: the environment, too"
+	@echo "make demo       train a small model on the embedded data and show its answers (about 6 minutes on two cores)"
+	@echo "make test       run the tests, style included, but not those marked slow (for pytest: ARGS='-k packing')"
+	@echo "make test-slow  run the tests marked slow; they take minutes, and some need the network"
+	@echo "make test-versions  run the model's tests on the oldest and the newest transformers (VERSIONS='$(VERSIONS)')"
+	@echo "make test-all   run every test: test, test-slow and test-versions"
+	@echo "make test-versions  run the model's tests on the oldest and the newest transformers (VERSIONS='$(VERSIONS)')"
+	@echo "make style      check the style with ruff"
+	@echo "make format     let ruff repair the style"
+	@echo "make venv       make the environment and nothing else"
+	@echo "make clean      remove caches and build files; make distclean also removes the environment"
 	@echo
-	@echo "All of them work in a virtual environment of their own, made on the first call."
-	@echo "  PYTHON=python3.12   the Python to make it with (3.10 or later; now: $(PYTHON))"
-	@echo "  VENV=/disk/env      where to make it (now: $(VENV))"
-	@echo "  PIP_INDEX_URL=..., PIP_EXTRA_INDEX_URL=..., PIP_CACHE_DIR=..., TMPDIR=...   are read by pip"
+	@echo "All commands run in a virtual environment, which the first call makes. You can set:"
+	@echo "  PYTHON=python3.12   the Python for the environment (3.10 or later; now: $(PYTHON))"
+	@echo "  VENV=/disk/env      the folder of the environment (now: $(VENV))"
+	@echo "  PIP_INDEX_URL=..., PIP_EXTRA_INDEX_URL=..., PIP_CACHE_DIR=..., TMPDIR=...   settings of pip"
 	@echo
-	@echo "On Linux, PyPI's torch is the CUDA build: 2.7 GB of downloads. Without a GPU take the CPU build:"
+	@echo "On Linux, PyPI has the CUDA build of torch: 2.7 GB of downloads. If you have no GPU, take the CPU build:"
 	@echo "  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 
 venv:
@@ -44,7 +46,7 @@ venv:
 
 demo:
 	$(ENVIRONMENT)
-	@$(RUN) -m scripts.demo $(ARGS)
+	@$(RUN) -m tools.demo $(ARGS)
 
 test:
 	$(ENVIRONMENT) --extras test,data
@@ -53,6 +55,8 @@ test:
 test-slow:
 	$(ENVIRONMENT) --extras test,data
 	@$(RUN) -m pytest -m slow $(ARGS)
+
+test-all: test test-slow test-versions
 
 # Each version has a light environment inside ours, which it sees through a .pth file: only what differs is installed.
 test-versions:

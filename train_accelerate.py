@@ -1,16 +1,18 @@
 """Train MiniVLM on one or more devices: `accelerate launch train_accelerate.py --recipe recipes/X.yaml`.
 
-Options come from the defaults in options_minivlm.py, then the recipe, then the command line. The result is a folder
-that `from_pretrained` loads, with the options and versions of the run, its metrics and its checkpoints beside it.
+    options -> data -> model -> loop of optimizer steps -> finished model, record, plot
+
+The result is a folder that `from_pretrained` loads; options, versions, metrics and checkpoints lie beside it. What the
+steps below call stands in `minivlm/`: `data/` makes batches, `model/` builds and freezes, `training/` does the rest.
 """
 
-import json
+import dataclasses
 import math
+import os
 import shutil
 import sys
 import time
-import zlib
-from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,251 +20,186 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import ProjectConfiguration, find_executable_batch_size, gather_object, set_seed
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from backbones_minivlm import build, check_sources
-from batching_minivlm import (
-    GlobalBatchSampler,
-    LikeLengths,
-    PackingCollator,
-    Packs,
-    PaddingCollator,
-    by_weight,
-    measure,
-    rows_by_picture,
-)
-from checkpoints_minivlm import STOPPED, State, StopSignal, check_disk, resume, save_checkpoint, save_model
-from data_minivlm import CUT, IGNORE, Encoder, TrainingRows, describe_bad_rows
-from features_minivlm import CachedTower, FeatureCache
-from optimization_minivlm import WeightAverage, build_optimizers, check_gradients, freeze, load_balance, schedule
-from options_minivlm import METRICS, TrainArgs, parse_args
-from reporting_minivlm import Reporter, contact_sheet, describe, run_name, write_run
-from scripts.adapters import add_lora
-from scripts.evaluate import evaluate, judge, load_trained, print_table, prompts, summarise
-from scripts.plot import plot
-from scripts.release import BackgroundPush, ReleaseError, publish
-from sources_minivlm import LOW_RATING, BadRow, Rows, keep_rated, keep_rows, load_rows, load_streams
-from streaming_minivlm import StreamedBatches
-
-BY_CHOICE = (CUT, LOW_RATING)  # kinds of rows that are counted, but are no fault of the data
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+from minivlm.cli import run_command
+from minivlm.data.bad_rows import describe_bad_rows
+from minivlm.data.collators import PackingCollator, PaddingCollator
+from minivlm.data.encoder import IGNORE, Encoder
+from minivlm.data.features import use_cached_features
+from minivlm.data.loader import MicroBatches, check_pictures, choose_rows, make_loader
+from minivlm.data.rows import Rows, StreamSource, load_rows, load_streams
+from minivlm.evaluation.on_the_way import sample_sheet, score_on_all_ranks
+from minivlm.evaluation.scoring import evaluate, print_table
+from minivlm.hub.background import BackgroundPush
+from minivlm.hub.publish import ReleaseError, publish
+from minivlm.model.backbones import build
+from minivlm.model.loading import check_sources, load_trained, save_model
+from minivlm.model.lora import add_lora
+from minivlm.model.parts import check_gradients, freeze
+from minivlm.training.checkpoints import STOPPED, StopSignal, check_disk, resume, save_checkpoint
+from minivlm.training.device import SHARDED, compile_blocks, largest_micro_batch, make_accelerator
+from minivlm.training.losses import load_balance, z_loss
+from minivlm.training.optimizers import WeightAverage, build_optimizers, schedule
+from minivlm.training.options import TrainArgs, parse_args
+from minivlm.training.plotting import plot
+from minivlm.training.record import keep_recipe, print_start, run_name, write_run
+from minivlm.training.reporting import Reporter
+from minivlm.training.run_options import METRICS
+from minivlm.training.state import State, check_finite, count_bad_rows, count_totals
 
 
-# ------------------------------------------------------------------------------------------------------- data
+@dataclass(frozen=True)
+class Run:
+    """Hold what the steps of a run share; built once, not changed afterwards."""
+
+    args: TrainArgs
+    accelerator: Accelerator
+    model: torch.nn.Module  # as Accelerate prepared it
+    processor: object
+    optimizers: list
+    batches: MicroBatches
+    state: State
+    max_steps: int
+    reporter: Reporter
+    tower: torch.nn.Module  # the real one, also while cached features stand in its place
+    adapter: torch.nn.Module | None  # PEFT's model around ours
+    average: WeightAverage | None
+    eval_rows: Rows | None
+    push: Callable[[str], None] | None  # uploads the weights of this moment in the background
+
+    @property
+    def progress(self) -> float:
+        """Return the share of the run that is done, by steps or by time; the same on all ranks."""
+        if self.args.max_minutes is None:
+            return self.state.step / self.max_steps
+        progress = min(1.0, self.state.seconds / (60 * self.args.max_minutes))
+        if self.accelerator.num_processes > 1:  # clocks differ, the decision must not
+            progress = self.accelerator.reduce(torch.tensor(progress, device=self.accelerator.device), "mean").item()
+        return progress
 
 
-def choose_rows(args: TrainArgs) -> Rows:
-    rows = keep_rows(load_rows(args.data), args.keep or {})
-    if args.min_rating:
-        count, rows = len(rows), keep_rated(rows, args.min_rating)
-        PartialState().print(f"{count - len(rows):,} of {count:,} rows left out: no turn is rated as min_rating asks.")
-    rows = rows.select(range(min(args.max_rows or len(rows), len(rows))))
+def main(argv: list[str] | None = None) -> Path:
+    """Train by the options given; return the folder of the finished model."""
+    args = parse_args(argv)
+    # Data and names before the model: a wrong path should not cost a download.
+    check_sources(args)
+    rows = read_rows(args)
+    eval_rows = load_rows(args.eval_data) if args.eval_data else None
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    accelerator, uploads = make_accelerator(args), BackgroundPush()
+    set_seed(args.seed)
+    run = build_run(args, accelerator, rows, eval_rows, uploads)
+    stopped = train(run)
+    run.reporter.close()
+    if stopped:
+        accelerator.print(f"stopped by {stopped} at step {run.state.step}, saved: start it again to go on from here")
+        accelerator.end_training()
+        sys.exit(STOPPED)
+    if run.average:
+        run.average.swap()
+    state_dict = accelerator.get_state_dict(run.model) if accelerator.distributed_type in SHARDED else None
+    # DDP's wrapper must go before the process group does: destroyed as the group's last owner it holds Python's lock
+    # while it waits for Gloo's threads, one of which may wait for that lock.
+    plain = accelerator.unwrap_model(run.model)
+    plain.model.vision_tower = run.tower
+    run = dataclasses.replace(run, model=plain, optimizers=[], batches=None)
+    accelerator.free_memory()
+    if accelerator.is_main_process:
+        uploads.finish()
+        finish(run, state_dict)
+    accelerator.end_training()
+    return Path(args.output_dir) / "final"
+
+
+def read_rows(args: TrainArgs) -> Rows | list[StreamSource]:
+    """Return the rows to train on, or the sources to stream them from."""
+    if args.streaming:
+        return load_streams(args.data, args.min_rating)
+    rows = choose_rows(args, quiet=os.environ.get("RANK", "0") != "0")  # no state yet: it would fix the device
     check_pictures(rows, args.train)
     return rows
 
 
-def check_pictures(rows: Rows, train: list[str]) -> None:
-    """Stop if the parts that see should learn from rows without a single picture: weight decay alone would act."""
-    seeing = [part for part in train if part.startswith(("vision", "projector"))]
-    bad = Counter()
-    for sample in rows.samples() if seeing else []:
-        if isinstance(sample, BadRow):
-            bad[str(sample).split(":")[0]] += 1
-            example = sample
-        elif sample["images"]:
-            return
-    if bad:
-        raise ValueError(f"No row has a picture that can be had:\n{describe_bad_rows(bad)}\nThe last: {example}.")
-    if seeing:
-        raise ValueError(f"No row has a picture for {' and '.join(seeing)} to learn from. Use --train text.")
+def build_run(args: TrainArgs, accelerator: Accelerator, rows, eval_rows: Rows | None, uploads) -> Run:
+    """Build model, data and optimizers by the options, and load the checkpoint to go on from."""
+    model, processor = build(args)
+    adapter = prepare_model(model, args, accelerator)
+    encoder = Encoder(processor, args.max_length, args.too_long)
+    tower = model.model.vision_tower
+    if args.feature_cache:
+        use_cached_features(args.feature_cache, model, encoder, rows, accelerator)
+    collate = make_collator(model, encoder, args, tower)
+    if not args.micro_batch_size:
+        found = largest_micro_batch(model, encoder, collate, args, accelerator)
+        args = dataclasses.replace(args, micro_batch_size=found)
+    optimizers, state = build_optimizers(model, args), State()
+    accelerator.register_for_checkpointing(state)
+    prepared, *optimizers = accelerator.prepare(model, *optimizers)
+    average = WeightAverage(accelerator.unwrap_model(prepared), args.ema) if args.ema else None
+    if average:
+        accelerator.register_for_checkpointing(average)
+    resume(accelerator, args, state)
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    batches = make_loader(rows, encoder, collate, args, **ranks, start_step=state.step)
+    max_steps = args.max_steps or (not args.max_minutes and batches.steps(args.epochs)) or sys.maxsize
+    if accelerator.is_main_process:
+        print_start(accelerator, model, args, rows, (max_steps, batches.accumulation))
+        write_run(args, accelerator, state, {}, finished=False)
+        keep_recipe(args)
+    reporter = Reporter(accelerator, args, state, max_steps, model)
+    pushes = args.push_to_hub and accelerator.is_main_process
+    push = partial(push_latest, args, (prepared, tower, average, accelerator), processor, uploads) if pushes else None
+    return Run(
+        args, accelerator, prepared, processor, optimizers, batches, state, max_steps, reporter, tower, adapter,
+        average, eval_rows, push,
+    )  # fmt: skip
 
 
-def make_plan(rows: Rows, encoder: Encoder, args: TrainArgs, quiet: bool) -> LikeLengths | Packs:
-    """What the batches of an epoch are made of."""
-
-    def draw(units: list[tuple[int, ...]]):
-        return partial(by_weight, [rows.source(unit[0]) for unit in units], args.weights) if args.weights else None
-
-    if args.packing:
-        tokens, pictures = measure(rows, encoder, args.workers, quiet)
-        each = draw([(i,) for i in range(len(rows))])
-        return Packs(tokens, pictures, args.batch_size, args.pack_tokens, args.pack_pictures, args.seed, each)
-    sizes = rows.sizes()
-    units = rows_by_picture(rows, args.share_pictures) if args.share_pictures > 1 else [(i,) for i in range(len(rows))]
-    return LikeLengths(units, [sum(sizes[i] for i in unit) for unit in units], args.batch_size, args.seed, draw(units))
+def prepare_model(model: torch.nn.Module, args: TrainArgs, accelerator: Accelerator) -> torch.nn.Module | None:
+    """Freeze what does not train, check the disk, compile; return PEFT's model around ours with `--lora`."""
+    adapter = add_lora(model, args) if args.lora else None
+    if adapter is None:
+        freeze(model, args.train)
+    check_disk(model, args.output_dir)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.compile:
+        compile_blocks(model, accelerator.device)
+    return adapter
 
 
-def make_loader(rows, encoder: Encoder, collate, args: TrainArgs, accelerator: Accelerator, start_step: int):
-    """Micro-batches of this rank from `start_step` on, and the optimizer steps that `epochs` are (None: no end)."""
-    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "start_step": start_step}
-    if args.streaming:
-        order = StreamedBatches(
-            rows,
-            encoder,
-            collate,
-            args.batch_size,
-            args.micro_batch_size,
-            weights=args.weights or None,
-            keep=args.keep,
-            pack_budget=(args.pack_tokens, args.pack_pictures) if args.packing else None,
-            augment=args.augment,
-            seed=args.seed,
-            **share,
-        )
-        return DataLoader(order, batch_size=None, num_workers=args.workers), order.accumulation, None
-    plan = make_plan(rows, encoder, args, quiet=not accelerator.is_main_process)
-    order = GlobalBatchSampler(plan, args.micro_batch_size, **share)
-    dataset = TrainingRows(rows, encoder, seed=args.seed, augment=args.augment, packed=args.packing)
-    loader = DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=args.workers)
-    return loader, order.accumulation, order.steps(args.epochs)
+def make_collator(model, encoder: Encoder, args: TrainArgs, tower) -> PackingCollator | PaddingCollator:
+    """Return the collator; it adds a blank picture to a batch without one if tower or projector train."""
+    seeing = (tower, model.model.multi_modal_projector)
+    blank = encoder.blank() if any(p.requires_grad for part in seeing for p in part.parameters()) else None
+    return PackingCollator(blank) if args.packing else PaddingCollator(encoder.tokenizer.pad_token_id, blank)
 
 
-# ----------------------------------------------------------------------------------------------- the device's part
-
-
-def make_accelerator(args: TrainArgs) -> Accelerator:
-    precision = args.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if supports_bf16(PartialState(cpu=args.device == "cpu").device) else "no"
-    if precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-        precision = "no"
-    accelerator = Accelerator(
-        cpu=args.device == "cpu",
-        mixed_precision=precision,
-        log_with=args.trackers or None,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir),
-    )
-    sharded = accelerator.distributed_type in SHARDED
-    if sharded and (args.optimizer != "adamw" or args.ema or args.eval_every or args.push_every or args.compile):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} cuts the weights into shards: use --optimizer adamw without --ema, "
-            "--eval_every, --push_every or --compile (eval_data is still answered at the end), or a DDP configuration."
-        )
-    if plugin := accelerator.state.deepspeed_plugin:  # what it would read off the loader that it is not given
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = max(1, args.micro_batch_size)
-        plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
-        plugin.deepspeed_config["gradient_accumulation_steps"] = 1  # the loss is divided by answer tokens already
-    return accelerator
-
-
-def supports_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return (
-        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-def compile_blocks(model: torch.nn.Module, device: torch.device) -> None:
-    """Compile each block by itself: equal blocks share the compiled code, so start-up stays short.
-
-    On a machine that cannot compile (no C++ compiler, no Python headers, a path with spaces) say so and train without.
-    """
-    try:
-        torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # inductor raises several classes for a missing compiler or header
-        reason = " ".join(str(error).split("\n", 2)[:2])
-        remedy = "On Debian: apt install g++ python3-dev"
-        if " " in torch.__file__:  # inductor does not quote the path of PyTorch's headers
-            remedy = f"PyTorch lies in a path with spaces, {torch.__file__}: use another one"
-        print(f"Not compiled, training will be slower: {reason}. {remedy}.")
-        return
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList):
-            for block in module:
-                block.compile(dynamic=True)  # batches differ in length; compiled once for all of them
-
-
-def largest_micro_batch(model, encoder: Encoder, collate, args: TrainArgs, accelerator: Accelerator) -> int:
-    """As many of the longest rows as go forward and backward in this device's memory; the same on all ranks."""
-    blank = encoder.blank()
-    rest = torch.full((max(0, args.max_length - len(blank["input_ids"])),), encoder.processor.tokenizer.pad_token_id)
-    ids = torch.cat([blank["input_ids"], rest])
-    row = {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(len(ids))}
-    row = {**blank, **row, "branch": torch.zeros_like(ids)}
-    model.to(accelerator.device).train()
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-    @find_executable_batch_size(starting_batch_size=-(-args.batch_size // accelerator.num_processes))
-    def attempt(count: int) -> int:
-        held = torch.empty(2 * learning, device=accelerator.device)  # the optimizer's two moments will need this much
-        batch = collate([[row] * max(1, args.pack_tokens // len(ids))] * count if args.packing else [row] * count)
-        tensors = {k: v.to(accelerator.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-        with accelerator.autocast():
-            model(**tensors, labels=tensors["shift_labels"], use_cache=False).loss.backward()
-        del held
-        return count
-
-    found = torch.tensor(attempt(), device=accelerator.device)
-    model.zero_grad(set_to_none=True)
-    least = int(accelerator.gather(found).min())
-    accelerator.print(f"micro-batches of {least}: the most rows of {len(ids)} tokens that fit into memory")
-    return least
-
-
-# ------------------------------------------------------------------------------------------------------ the loop
-
-
-@dataclass
-class Run:
-    """What the steps of a run share."""
-
-    args: TrainArgs
-    accelerator: Accelerator
-    model: torch.nn.Module
-    processor: object
-    optimizers: list
-    state: State
-    max_steps: int
-    accumulation: int
-    reporter: Reporter
-    tower: torch.nn.Module  # the real one, also while features of a cache stand in its place
-    average: WeightAverage | None = None
-    eval_rows: Rows | None = None
-    push: object = None
-
-    @property
-    def done(self) -> float:
-        """Share of the run that is behind, by steps or by time; the same on all ranks."""
-        if self.args.max_minutes is None:
-            return self.state.step / self.max_steps
-        done = min(1.0, self.state.seconds / (60 * self.args.max_minutes))
-        if self.accelerator.num_processes > 1:  # clocks differ, the decision must not
-            done = self.accelerator.reduce(torch.tensor(done, device=self.accelerator.device), "mean").item()
-        return done
-
-
-def train(run: Run, loader) -> str | None:
-    """Take optimizer steps until the end, an early stop, or a signal, whose name is then returned."""
+def train(run: Run) -> str | None:
+    """Take optimizer steps until the end or an early stop; return the name of the signal if one stopped the run."""
     args, accelerator, state = run.args, run.accelerator, run.state
     run.model.train()
-    batches, first_step, evaluated = iter(loader), state.step, -1
+    batches, first_step, evaluated = iter(run.batches), state.step, -1
     start = time.perf_counter() - state.seconds
     with StopSignal() as stop:
         while state.step < run.max_steps:
             state.seconds = time.perf_counter() - start
-            if (done := run.done) >= 1:
+            if (progress := run.progress) >= 1:
                 break
-            group = list(islice(batches, run.accumulation))
-            read = args.batch_size * (state.step + 1) + 1000 if args.streaming else None
-            for batch in group:
-                rows_read = read or (batch["epoch"] + 1) * len(loader.dataset)
-                count_bad_rows(state, batch.pop("bad_rows"), args.max_bad_rows, rows_read)
-            totals = count_totals(accelerator, group, stop)
+            group = next_group(run, batches)
+            totals = count_totals(accelerator, group, stop.received is not None)
             if totals["stop"]:
                 save_checkpoint(accelerator, args.output_dir, state) or sys.exit("Stopped, and nothing was saved.")
                 return stop.received.name if stop.received else "a signal to another rank"
             epoch = max(batch.pop("epoch") for batch in group) + 1
-            figures = take_step(run, group, totals, done, check=state.step == first_step)
+            metrics = take_step(run, group, totals, progress, check=state.step == first_step)
             state.step, state.tokens = state.step + 1, state.tokens + totals["tokens"]
             state.rows += totals["rows"]
             state.seconds = time.perf_counter() - start
-            run.reporter.step(epoch, totals, figures)
+            run.reporter.step(epoch, totals, metrics)
             if args.eval_every and state.step % args.eval_every == 0:
                 evaluated = state.step
                 if evaluate_and_keep(run):
@@ -277,273 +214,149 @@ def train(run: Run, loader) -> str | None:
     return None
 
 
-def count_totals(accelerator: Accelerator, group: list[dict], stop: StopSignal) -> dict[str, int]:
-    """Sums over all ranks and micro-batches of a step, in one reduction.
-
-    `digest` sums checksums of the rows' places: the same rows give the same digest, whatever the number of ranks.
-    """
-    own = {"answers": sum(int((batch["shift_labels"] != IGNORE).sum()) for batch in group)}
-    own["tokens"] = sum(batch["input_ids"].numel() for batch in group)
-    own["pictures"] = sum(len(batch["pixel_values"]) for batch in group if "pixel_values" in batch)
-    own["rows"] = sum(len(batch["rows"]) for batch in group)
-    own["digest"] = sum(zlib.crc32(row.encode()) for batch in group for row in batch["rows"])
-    own["stop"] = int(stop.received is not None)
-    sums = accelerator.reduce(torch.tensor(list(own.values()), device=accelerator.device), "sum")
-    return dict(zip(own, sums.tolist()))
+def next_group(run: Run, batches) -> list[dict]:
+    """Return the micro-batches of the next step; count the rows that had to be left out of them."""
+    group = list(islice(batches, run.batches.accumulation))
+    read = run.args.batch_size * (run.state.step + 1) + 1000 if run.args.streaming else None
+    for batch in group:
+        rows_read = read or (batch["epoch"] + 1) * len(run.batches.loader.dataset)
+        count_bad_rows(run.state, batch.pop("bad_rows"), run.args.max_bad_rows, rows_read)
+    return group
 
 
-def take_step(run: Run, group: list[dict], totals: dict[str, int], done: float, check: bool) -> dict[str, float]:
-    """One optimizer step; returns `loss` per answer token of all ranks and micro-batches, `grad_norm` and `lr`."""
-    args, accelerator, device = run.args, run.accelerator, run.accelerator.device
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+def take_step(run: Run, group: list[dict], totals: dict[str, int], progress: float, check: bool) -> dict[str, float]:
+    """Take one optimizer step; return `loss` per answer token of all ranks, `grad_norm` and `lr`."""
+    args, accelerator = run.args, run.accelerator
     warmup = args.warmup if args.warmup < 1 else args.warmup / run.max_steps
-    factor = schedule(done, warmup, args.schedule, args.final_learning_rate)
+    factor = schedule(progress, warmup, args.schedule, args.final_learning_rate)
     for optimizer in run.optimizers:
         for part in optimizer.param_groups:  # not accelerator.prepare(scheduler), which steps once per rank
             part["lr"] = part["peak_lr"] * factor
-    # Divide by the answer tokens of all ranks and micro-batches. A mean of micro-batch means would let a row with
-    # three answer tokens pull as hard as one with three hundred.
-    answers = torch.tensor(totals["answers"], device=device)
-    loss_sum, imbalance = torch.zeros((), device=device), torch.zeros((), device=device)
-    text = accelerator.unwrap_model(run.model).config.text_config
-    routed = {"output_router_logits": True} if getattr(text, "num_experts", 0) else {}
-    for i, batch in enumerate(group):
-        tensors = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-        last = i == len(group) - 1
-        with nullcontext() if last or deepspeed else accelerator.no_sync(run.model):
-            labels = tensors["shift_labels"]
-            with accelerator.autocast():
-                outputs = run.model(**tensors, labels=labels, use_cache=False, num_items_in_batch=answers, **routed)
-            loss = outputs.loss
-            loss_sum += loss.detach()
-            if args.z_loss:
-                log_partition = outputs.logits.float().logsumexp(-1)[labels != IGNORE]  # (K,)
-                loss = loss + args.z_loss * log_partition.square().sum() / answers
-            if outputs.router_logits:  # or a mixture soon asks one expert for everything
-                share = (labels != IGNORE).sum() / answers  # of this micro-batch in the step
-                balance = share * load_balance(outputs.router_logits, text.num_experts_per_tok)
-                imbalance += balance.detach()
-                loss = loss + text.router_aux_loss_coef * balance
-            loss = loss * accelerator.num_processes  # undo the mean that DDP, FSDP and ZeRO take over ranks
-            if deepspeed:  # its engine steps within the backward pass, so this is the last chance to look
-                if last:
-                    check_finite(run, group, accelerator.reduce(loss_sum, "sum").item())
-                accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last)
-            else:
-                accelerator.backward(loss)
+    loss_sum, imbalance = accumulate_gradients(run, group, totals["answers"])
     if check and accelerator.distributed_type not in SHARDED:
         check_gradients(accelerator.unwrap_model(run.model))
-    if deepspeed:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         norm = run.model.get_global_grad_norm()
     else:
         norm = accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm or 0.0)
     loss = accelerator.reduce(loss_sum, "sum").item()
     # With fp16 gradients may overflow: the scaler then leaves the step out and scales less.
-    check_finite(run, group, loss if accelerator.mixed_precision == "fp16" or math.isfinite(norm) else norm)
+    value = loss if accelerator.mixed_precision == "fp16" or math.isfinite(norm) else norm
+    check_finite(value, group, args, run.state.step + 1, accelerator.process_index)
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
     if run.average:
         run.average.update()
-    figures = {"loss": loss, "grad_norm": norm, "lr": args.learning_rate * factor}
-    if routed:
-        figures["imbalance"] = accelerator.reduce(imbalance, "sum").item() / text.num_hidden_layers
-    return figures
+    metrics = {"loss": loss, "grad_norm": norm, "lr": args.learning_rate * factor}
+    text = accelerator.unwrap_model(run.model).config.text_config
+    if getattr(text, "num_experts", 0):
+        metrics["imbalance"] = accelerator.reduce(imbalance, "sum").item() / text.num_hidden_layers
+    return metrics
 
 
-def check_finite(run: Run, group: list[dict], value: float) -> None:
-    """Stop before the optimizer spoils the weights, and leave behind which rows did it."""
-    if math.isfinite(value):
-        return
-    step, rank = run.state.step + 1, run.accelerator.process_index
-    path = Path(run.args.output_dir) / f"nonfinite-step{step}-rank{rank}.json"
-    path.write_text(json.dumps({"step": step, "rows": [row for batch in group for row in batch["rows"]]}, indent=1))
-    raise FloatingPointError(
-        f"The loss or its gradient is {value} at step {step}; its rows are listed in {path}. Look at them with "
-        f"scripts.preview, lower --learning_rate ({run.args.learning_rate}), or use --mixed_precision no. Weights and "
-        f"the newest checkpoint in {run.args.output_dir} are as they were before this step."
-    )
+def accumulate_gradients(run: Run, group: list[dict], answers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put each micro-batch forward and backward; return the sums of this rank's losses and of its imbalances."""
+    args, accelerator, device = run.args, run.accelerator, run.accelerator.device
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    answers = torch.tensor(answers, device=device)
+    loss_sum, imbalance = torch.zeros((), device=device), torch.zeros((), device=device)
+    for i, batch in enumerate(group):
+        tensors = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        last = i == len(group) - 1
+        with nullcontext() if last or deepspeed else accelerator.no_sync(run.model):
+            objective, loss, balance = compute_loss(run, tensors, answers)
+            loss_sum, imbalance = loss_sum + loss, imbalance + balance
+            if deepspeed:  # its engine steps within the backward pass, so this is the last chance to look
+                if last:
+                    value = accelerator.reduce(loss_sum, "sum").item()
+                    check_finite(value, group, args, run.state.step + 1, accelerator.process_index)
+                accelerator.deepspeed_engine_wrapped.backward(objective, sync_gradients=last)
+            else:
+                accelerator.backward(objective)
+    return loss_sum, imbalance
 
 
-def count_bad_rows(state: State, bad_rows: list[tuple[str, str]], limit: float, read: int) -> None:
-    """Count rows that were left out, each (file and row, reason); stop beyond a share of the rows that can be read."""
-    for place, reason in bad_rows:
-        kind = reason.split(":")[0]
-        if kind not in state.bad_rows:
-            tqdm.write(f"{'' if kind in BY_CHOICE else 'skipped: '}{place}: {reason}", file=sys.stderr)
-        state.bad_rows[kind] += 1
-        if kind not in BY_CHOICE:
-            state.bad_sources[place.rpartition(", row ")[0]] += 1
-    if state.bad_sources.total() > limit * read:
-        worst = "\n".join(f"  {count} in {name}" for name, count in state.bad_sources.most_common(3))
-        raise ValueError(
-            f"{state.bad_sources.total()} bad rows of {read}, more than max_bad_rows={limit:.2%}:\n"
-            f"{describe_bad_rows(state.bad_rows)}\nmost of them:\n{worst}\nMend the data, or raise --max_bad_rows."
-        )
+def compute_loss(run: Run, tensors: dict[str, torch.Tensor], answers: torch.Tensor):
+    """Return what a micro-batch minimises, its loss, and the imbalance of its mixture's experts, each ().
 
-
-# ------------------------------------------------------------------------------------------------- evaluation
+    The loss is divided by the answer tokens of all ranks and micro-batches. A mean of micro-batch means would let a
+    row with three answer tokens pull as hard as one with three hundred.
+    """
+    labels, text = tensors["shift_labels"], run.accelerator.unwrap_model(run.model).config.text_config
+    routed = {"output_router_logits": True} if getattr(text, "num_experts", 0) else {}
+    with run.accelerator.autocast():
+        outputs = run.model(**tensors, labels=labels, use_cache=False, num_items_in_batch=answers, **routed)
+    objective, balance = outputs.loss, torch.zeros((), device=labels.device)
+    if run.args.z_loss:
+        objective = objective + run.args.z_loss * z_loss(outputs.logits, labels) / answers
+    if outputs.router_logits:  # without this term a mixture soon asks one expert for everything
+        share = (labels != IGNORE).sum() / answers  # of this micro-batch in the step
+        balance = share * load_balance(outputs.router_logits, text.num_experts_per_tok)
+        objective = objective + text.router_aux_loss_coef * balance
+    # The product undoes the mean that DDP, FSDP and ZeRO take over ranks.
+    return objective * run.accelerator.num_processes, outputs.loss.detach(), balance.detach()
 
 
 def evaluate_and_keep(run: Run) -> bool:
-    """Evaluate on all ranks, keep the model if it is the best so far; True if it is time to stop early."""
-    args, accelerator, state = run.args, run.accelerator, run.state
+    """Evaluate on all ranks, keep the model if it is the best so far; return whether to stop early."""
+    args, accelerator = run.args, run.accelerator
     rows = run.eval_rows.select(range(min(args.eval_limit, len(run.eval_rows))))
-    mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
     stop = False
-    with finished_model(run) as model:
-        # Compiled blocks would be compiled anew for every length of an answer.
-        with torch.compiler.set_stance("force_eager"), accelerator.autocast():
-            results = judge(model, run.processor, rows.select(mine), quiet=not accelerator.is_main_process)
-        for result, row in zip(results, mine):
-            result["row"] = row
-        metrics = summarise(sorted(gather_object(results), key=lambda result: result["row"]))
+    with finished_model(run.model, run.tower, run.average, accelerator) as model:
+        metrics = score_on_all_ranks(model, run.processor, rows, accelerator)
         run.reporter.evaluation(metrics, sample_sheet(rows, run.processor, metrics, args.samples))
         if args.keep_best:
             if args.keep_best not in metrics["scores"]:
                 raise ValueError("--keep_best ranked: no row of --eval_data has options to rank. Use loss or match.")
-            value = metrics["scores"][args.keep_best]
-            if state.best is None or METRICS[args.keep_best](value, state.best) != state.best:
-                state.best, state.worse = value, 0
+            if run.state.improve(metrics["scores"][args.keep_best], METRICS[args.keep_best]):
                 if accelerator.is_main_process:
                     save_model(model, run.processor, Path(args.output_dir) / "best")
-            else:
-                state.worse += 1
-            stop = args.patience is not None and state.worse >= args.patience
+            stop = args.patience is not None and run.state.worse >= args.patience
     accelerator.wait_for_everyone()
     return stop
 
 
 @contextmanager
-def finished_model(run: Run):
-    """The model as it would be saved now: averaged weights, and the tower in the place of its cached features."""
-    model = run.accelerator.unwrap_model(run.model)
-    cached, model.model.vision_tower = model.model.vision_tower, run.tower
-    if run.average:
-        run.average.swap()
+def finished_model(prepared, tower: torch.nn.Module, average: WeightAverage | None, accelerator: Accelerator):
+    """Yield the model as it would be saved now: with averaged weights, and the tower instead of cached features."""
+    model = accelerator.unwrap_model(prepared)
+    cached, model.model.vision_tower = model.model.vision_tower, tower
+    if average:
+        average.swap()
     try:
         yield model
     finally:
-        if run.average:
-            run.average.swap()
+        if average:
+            average.swap()
         model.model.vision_tower = cached
 
 
-def sample_sheet(rows: Rows, processor, metrics: dict, count: int):
-    """The first `count` rows with a picture and what was answered, as a picture; None if there are none."""
-    items = prompts(rows.select(range(min(4 * count, len(rows)))), processor) if count else []
-    seen = [(i, item) for i, item in enumerate(items) if item["images"]][:count]
-    outputs = [metrics["answers"][i]["output"] for i, _ in seen]
-    return contact_sheet([item for _, item in seen], outputs) if seen else None
+def push_latest(args: TrainArgs, parts: tuple, processor, uploads: BackgroundPush, message: str) -> None:
+    """Save the weights of this moment as latest/ and upload them in the background."""
+    latest = Path(args.output_dir) / "latest"
+    with finished_model(*parts) as model:
+        save_model(model, processor, latest)
+    message = f"{run_name(args)}: {message}"
+    uploads.submit(latest, args.push_to_hub, private=args.hub_private, message=message)
 
 
-# ------------------------------------------------------------------------------------------------------- main
-
-
-def main(argv: list[str] | None = None) -> Path:
-    """Train by the options given; return the folder of the finished model."""
-    args = parse_args(argv)
-    # Before the model: a wrong path should not cost a download.
-    check_sources(args)
-    rows = load_streams(args.data, args.min_rating) if args.streaming else choose_rows(args)
-    eval_rows = load_rows(args.eval_data) if args.eval_data else None
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    accelerator = make_accelerator(args)
-    set_seed(args.seed)
-    model, processor = build(args)
-    adapter = add_lora(model, args) if args.lora else None
-    if adapter is None:
-        freeze(model, args.train)
-    check_disk(model, output)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if args.compile:
-        compile_blocks(model, accelerator.device)
-    encoder = Encoder(processor, args.max_length, args.too_long)
-    tower = model.model.vision_tower
-    if args.feature_cache:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-        cache = FeatureCache(args.feature_cache, model, encoder, dtype)
-        tower.to(accelerator.device)
-        cache.fill(rows, encoder, accelerator)
-        encoder.features, model.model.vision_tower = cache, CachedTower(dtype)
-    sees = any(p.requires_grad for part in (tower, model.model.multi_modal_projector) for p in part.parameters())
-    blank = encoder.blank() if sees else None
-    collate = PackingCollator(blank) if args.packing else PaddingCollator(processor.tokenizer.pad_token_id, blank)
-    if not args.micro_batch_size:
-        args.micro_batch_size = largest_micro_batch(model, encoder, collate, args, accelerator)
-    plain, optimizers = model, build_optimizers(model, args)
-    state = State()
-    accelerator.register_for_checkpointing(state)
-    model, *optimizers = accelerator.prepare(model, *optimizers)
-    average = WeightAverage(accelerator.unwrap_model(model), args.ema) if args.ema else None
-    if average:
-        accelerator.register_for_checkpointing(average)
-    resume(accelerator, args, state)
-    loader, accumulation, steps = make_loader(rows, encoder, collate, args, accelerator, state.step)
-    max_steps = args.max_steps or (sys.maxsize if args.max_minutes or steps is None else steps)
-    if accelerator.is_main_process:
-        describe(accelerator, plain, args, rows, max_steps, accumulation)
-        write_run(args, accelerator, state, {}, finished=False)
-        if args.recipe and Path(args.recipe).resolve() != (output / "recipe.yaml").resolve():
-            shutil.copyfile(args.recipe, output / "recipe.yaml")
-    reporter = Reporter(accelerator, args, state, max_steps, plain)
-    run = Run(
-        args, accelerator, model, processor, optimizers, state, max_steps, accumulation, reporter, tower, average
-    )
-    run.eval_rows, uploads = eval_rows, BackgroundPush()
-    if args.push_to_hub and accelerator.is_main_process:
-        run.push = partial(push_latest, run, uploads)
-    stopped = train(run, loader)
-    reporter.close()
-    if stopped:
-        accelerator.print(f"stopped by {stopped} at step {state.step}, saved: start it again and it goes on from here")
-        accelerator.end_training()
-        sys.exit(STOPPED)
-    if average:
-        average.swap()
-    sharded = accelerator.get_state_dict(model) if accelerator.distributed_type in SHARDED else None
-    # DDP's wrapper must go before the process group does: destroyed as the group's last owner it holds Python's lock
-    # while it waits for Gloo's threads, one of which may wait for that lock.
-    model = accelerator.unwrap_model(model)
-    run.model = run.optimizers = optimizers = None
-    accelerator.free_memory()
-    model.model.vision_tower = tower  # in the place of what gave back cached features
-    if accelerator.is_main_process:
-        uploads.finish()
-        finish(args, accelerator, model, processor, state, eval_rows, adapter, sharded)
-    accelerator.end_training()
-    return output / "final"
-
-
-def finish(args, accelerator, model, processor, state: State, eval_rows, adapter, state_dict: dict | None) -> None:
-    """Save the model, score what was saved, and leave the record and the plot of the run."""
-    output = Path(args.output_dir)
-    final = output / "final"
-    if adapter is not None:
-        adapter.save_pretrained(output / "adapter")
-        model = adapter.merge_and_unload()
-    try:
-        save_model(model, processor, final, state_dict)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"The finished model could not be written to {final} ({error}; "
-            f"{shutil.disk_usage(output).free / 2**20:,.0f} MiB free). Make room and run the same "
-            "command: it goes on from the newest checkpoint."
-        ) from error
+def finish(run: Run, state_dict: dict | None) -> None:
+    """Save the model, score what was saved, leave record and plot of the run, and publish if that was asked for."""
+    args, state, output = run.args, run.state, Path(run.args.output_dir)
+    final = save_final(run, state_dict)
     metrics = {}
-    if eval_rows is not None:
+    if run.eval_rows is not None:
         # From disk: what is scored is what was saved, and free of training's compiled graphs.
         model, processor = load_trained(final)
-        metrics = evaluate(model.to(accelerator.device), processor, eval_rows, limit=args.eval_limit)
+        metrics = evaluate(model.to(run.accelerator.device), processor, run.eval_rows, limit=args.eval_limit)
         print_table(metrics)
-    record = write_run(args, accelerator, state, metrics, finished=True)
+    record = write_run(args, run.accelerator, state, metrics, finished=True)
     try:
         drawn = f"; loss drawn in {plot([output], output / 'loss.png')}" if (output / "log.jsonl").is_file() else ""
     except ImportError:
-        drawn = f"; to draw the loss: pip install matplotlib, python -m scripts.plot {output}"
+        drawn = f"; to draw the loss: pip install matplotlib, minivlm plot {output}"
     print(f"{run_name(args)}: {state.step} steps in {state.seconds / 60:.1f} min; model in {final}{drawn}")
     if state.bad_rows:
         print(f"rows left out or cut:\n{describe_bad_rows(state.bad_rows)}")
@@ -555,15 +368,27 @@ def finish(args, accelerator, model, processor, state: State, eval_rows, adapter
             print(error, file=sys.stderr)
 
 
-def push_latest(run: Run, uploads: BackgroundPush, message: str) -> None:
-    """Upload the weights of this moment in the background, as latest/."""
-    args = run.args
-    latest = Path(args.output_dir) / "latest"
-    with finished_model(run) as model:
-        save_model(model, run.processor, latest)
-    message = f"{run_name(args)}: {message}"
-    uploads.submit(latest, args.push_to_hub, private=args.hub_private, message=message)
+def save_final(run: Run, state_dict: dict | None) -> Path:
+    """Write final/, and adapter/ with `--lora`; return final/.
+
+    Raises:
+        OSError: they could not be written; the newest checkpoint is still there.
+    """
+    output, model = Path(run.args.output_dir), run.model
+    final = output / "final"
+    if run.adapter is not None:
+        run.adapter.save_pretrained(output / "adapter")
+        model = run.adapter.merge_and_unload()
+    try:
+        save_model(model, run.processor, final, state_dict)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The finished model could not be written to {final} ({error}; "
+            f"{shutil.disk_usage(output).free / 2**20:,.0f} MiB free). Make room and run the same "
+            "command: it goes on from the newest checkpoint."
+        ) from error
+    return final
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Two machines with eight GPUs each on Slurm: sbatch configs/slurm_2x8.sh --recipe recipes/X.yaml
-# Two minutes before its time is up Slurm signals this shell; the run is asked to stop, saves, and is queued again to go on
-# from there. A run that fails by itself is not queued again.
+# Slurm signals this shell two minutes before the time is up. The shell then stops the run, which saves a checkpoint, and puts
+# the job into the queue again. A run that fails by itself is not queued again.
 #SBATCH --job-name=minivlm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,12 +16,12 @@ again=no
 srun bash -c 'exec accelerate launch --config_file configs/ddp_2x8.yaml \
   --machine_rank "$SLURM_NODEID" --main_process_ip "$0" train_accelerate.py "$@"' "$head" "$@" &
 run=$!
-# SIGTERM, since the launcher passes that one on to the training processes.
+# SIGTERM: the launcher passes this signal on to the training processes.
 trap 'again=yes; kill -TERM "$run"' USR1
 wait "$run"
 status=$?
 if [ "$again" = yes ]; then
-  wait "$run" # the signal ended the first wait
+  wait "$run" # the signal ended the first `wait`
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -2,12 +2,12 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "transformers>=5.19,<6", "trl>=1.16,<2", "datasets>=4.0", "pillow>=10.1"]
 # ///
-"""Direct preference optimization (arXiv 2305.18290) with TRL: the right answer of a choice against a wrong one.
+"""Train by direct preference optimization (arXiv 2305.18290) with TRL: prefer the right option to a wrong one.
 
     python examples/dpo_trl.py --data data/train.parquet --max_steps 100 --output_dir runs/dpo_trl
 
-Rows need a column `options`: all answers that the question names. Others are left out and counted.
-The code in the folder `--model` is executed: name one you trust.
+Rows need a column `options` with all answers that the question names. Rows without options are left out and counted.
+The code in the folder `--model` is executed, so name a folder that you trust.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 
 def parse_args(argv=None):
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".", help="Folder or Hub id to start from. Default: this repository.")
     parser.add_argument("--data", nargs="+", default=["data/train.parquet"], help="Parquet, MiniMind-V's columns.")
@@ -34,10 +35,10 @@ def parse_args(argv=None):
 
 
 def to_pair(row: dict, index: int, processor, seed: int) -> dict:
-    """Prompt, chosen and rejected as text.
+    """Return prompt, chosen and rejected answer as text, and the pictures.
 
-    Given messages, TRL would render the newline behind <|im_end|> into both answers. The model never says it, so its
-    probability is arbitrary, and DPO could widen the margin by that instead of by the answer.
+    With messages TRL would add the newline after <|im_end|> to both answers. The model is never trained to write this
+    newline, so its probability is arbitrary. DPO could then widen the margin by the newline instead of by the answer.
     """
     *question, answer = json.loads(row["conversations"].replace("<image>", processor.image_token))
     wrong = [option for option in row["options"] if option != answer["content"]]
@@ -52,6 +53,7 @@ def to_pair(row: dict, index: int, processor, seed: int) -> dict:
 
 
 def main(argv=None) -> DPOTrainer:
+    """Train, save the model to `--output_dir`, and return the trainer."""
     args = parse_args(argv)
     rows = load_dataset("parquet", data_files=args.data, split="train")
     choices = rows.filter(lambda row: len(set(row["options"] or [])) > 1)

@@ -2,12 +2,12 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "transformers>=5.19,<6", "trl>=1.16,<2", "datasets>=4.0", "pillow>=10.1"]
 # ///
-"""Group relative policy optimization (arXiv 2402.03300) with TRL: sampled answers, rewarded if they are right.
+"""Train by group relative policy optimization (arXiv 2402.03300) with TRL: sample answers and reward the right ones.
 
     python examples/grpo_trl.py --data data/train.parquet --max_steps 100 --output_dir runs/grpo_trl
 
-A question teaches something only while some of its sampled answers are right and others wrong, so start from a model
-that answers. The code in the folder `--model` is executed: name one you trust.
+A question teaches something only if some of its sampled answers are right and others are wrong. Start from a model
+that can answer. The code in the folder `--model` is executed, so name a folder that you trust.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 def parse_args(argv=None):
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".", help="Folder or Hub id to start from. Default: this repository.")
     parser.add_argument("--data", nargs="+", default=["data/train.parquet"], help="Parquet, MiniMind-V's columns.")
@@ -30,14 +31,14 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, default=16, help="Answers per step and device. Default: 16.")
     parser.add_argument("--num_generations", type=int, default=4, help="Answers per question. Default: 4.")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="Tokens of an answer. Default: 32.")
-    parser.add_argument("--temperature", type=float, default=1.0, help="Of the sampling. Default: 1.")
+    parser.add_argument("--temperature", type=float, default=1.0, help="Temperature of the sampling. Default: 1.")
     parser.add_argument("--learning_rate", type=float, default=1e-5, help="Falls to 0 linearly. Default: 1e-5.")
     parser.add_argument("--seed", type=int, default=0, help="Order of the rows and sampling. Default: 0.")
     return parser.parse_args(argv)
 
 
 def to_prompt(row: dict) -> dict:
-    """Everything before the last turn as the prompt, and that turn as the `answer` that the reward compares with."""
+    """Return the turns before the last one as the prompt, and the last turn as the `answer` of the reward."""
     *question, answer = json.loads(row["conversations"])
     prompt = []
     for turn in question:
@@ -51,17 +52,18 @@ def to_prompt(row: dict) -> dict:
 
 
 def normalise(text: str) -> str:
-    """As `scripts.evaluate` compares answers; repeated here so that this file runs alone."""
+    """Return the text as `minivlm.evaluation.scoring` compares it; copied from there so that this file runs alone."""
     return unicodedata.normalize("NFKC", text).strip().rstrip(".。").strip().casefold()
 
 
 def exact_match(completions: list, answer: list[str], **kwargs) -> list[float]:
-    """1 for the right answer, 0 for any other. TRL passes the columns of the data by name."""
+    """Return 1 for each right answer and 0 for any other. TRL passes the columns of the data by name."""
     said = [messages[-1]["content"] for messages in completions]
     return [float(normalise(text) == normalise(right)) for text, right in zip(said, answer)]
 
 
 def main(argv=None) -> GRPOTrainer:
+    """Train, save the model to `--output_dir`, and return the trainer."""
     args = parse_args(argv)
     rows = load_dataset("parquet", data_files=args.data, split="train")
     if args.tasks:

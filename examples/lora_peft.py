@@ -2,12 +2,12 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "transformers>=5.19,<6", "trl>=1.16,<2", "peft>=0.17", "datasets>=4.0", "pillow>=10.1"]
 # ///
-"""LoRA (arXiv 2106.09685) with PEFT: a small adapter of the decoder is trained, all else stays as it is.
+"""Train a LoRA adapter (arXiv 2106.09685) of the decoder with PEFT; all other weights stay fixed.
 
     python examples/lora_peft.py --data data/train.parquet --max_steps 200 --output_dir runs/lora_peft --merge
 
-`--output_dir` holds the adapter, less than 1 MB; `--merge` also writes `merged`, a whole model that loads without
-PEFT. The code in the folder `--model` is executed: name one you trust.
+`--output_dir` holds the adapter, less than 1 MB. With `--merge` its folder `merged` holds a whole model that loads
+without PEFT. The code in the folder `--model` is executed, so name a folder that you trust.
 """
 
 import argparse
@@ -25,6 +25,7 @@ DECODER = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def parse_args(argv=None):
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".", help="Folder or Hub id to start from. Default: this repository.")
     parser.add_argument("--data", nargs="+", default=["data/train.parquet"], help="Parquet, MiniMind-V's columns.")
@@ -39,7 +40,7 @@ def parse_args(argv=None):
 
 
 def to_trl(row: dict) -> dict:
-    """A row as TRL reads it: the conversation in parts, each `<image>` marker a part of its own, and the pictures."""
+    """Return a row as TRL reads it: the pictures, and the messages in parts, one of them for each `<image>` marker."""
     messages = []
     for turn in json.loads(row["conversations"]):
         parts = []
@@ -51,6 +52,7 @@ def to_trl(row: dict) -> dict:
 
 
 def main(argv=None) -> SFTTrainer:
+    """Train, save the adapter to `--output_dir`, and return the trainer."""
     args = parse_args(argv)
     rows = load_dataset("parquet", data_files=args.data, split="train")
     rows = rows.map(to_trl, remove_columns=rows.column_names).cast_column("images", List(Image()))

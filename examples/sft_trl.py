@@ -2,11 +2,11 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "transformers>=5.19,<6", "trl>=1.16,<2", "datasets>=4.0", "pillow>=10.1"]
 # ///
-"""Supervised fine-tuning with TRL on pictures and conversations; only what the assistant says is learnt.
+"""Fine-tune with TRL on pictures and conversations; only the words of the assistant carry loss.
 
     python examples/sft_trl.py --data data/train.parquet --max_steps 200 --output_dir runs/sft_trl
 
-The result is a folder as the one it started from. The code in the folder `--model` is executed: name one you trust.
+The result is a folder like `--model`. The code in the folder `--model` is executed, so name a folder that you trust.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 def parse_args(argv=None):
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".", help="Folder or Hub id to start from. Default: this repository.")
     parser.add_argument("--data", nargs="+", default=["data/train.parquet"], help="Parquet, MiniMind-V's columns.")
@@ -31,7 +32,7 @@ def parse_args(argv=None):
 
 
 def to_trl(row: dict) -> dict:
-    """A row as TRL reads it: the conversation in parts, each `<image>` marker a part of its own, and the pictures."""
+    """Return a row as TRL reads it: the pictures, and the messages in parts, one of them for each `<image>` marker."""
     messages = []
     for turn in json.loads(row["conversations"]):
         parts = []
@@ -43,6 +44,7 @@ def to_trl(row: dict) -> dict:
 
 
 def main(argv=None) -> SFTTrainer:
+    """Train, save the model to `--output_dir`, and return the trainer."""
     args = parse_args(argv)
     rows = load_dataset("parquet", data_files=args.data, split="train")
     rows = rows.map(to_trl, remove_columns=rows.column_names).cast_column("images", List(Image()))

@@ -1,16 +1,21 @@
-"""Fixtures of the tests; what they are made of stands in `tiny.py` and `families.py`."""
+"""Define the fixtures that all tests share; `helpers/` makes the models and data in them."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the network tests the network
 
 import pytest  # noqa: E402
+
+pytest.register_assert_rewrite("helpers")  # a failing assertion there shows its values, too
+
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-from families import make_parts, publish  # noqa: E402
 from PIL import Image  # noqa: E402
-from test_data import row, write  # noqa: E402
-from tiny import make_config, make_model, make_processor  # noqa: E402
+
+from helpers.data import row, write  # noqa: E402
+from helpers.families import make_parts, publish  # noqa: E402
+from helpers.models import make_config, make_model, make_processor  # noqa: E402
+from helpers.release import client, hub, out, trained  # noqa: E402, F401  (fixtures of publishing)
 
 torch.set_num_threads(1)  # a model this small only waits for further threads
 
@@ -32,7 +37,7 @@ def processor():
 
 @pytest.fixture(scope="session")
 def picture():
-    """`picture(seed)`: an RGB picture that no other seed gives."""
+    """Return a function: `picture(seed)` draws an RGB picture that no other seed gives."""
 
     def draw(seed=0, size=(48, 40)) -> Image.Image:
         noise = torch.randint(0, 256, (4, 4, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
@@ -43,13 +48,13 @@ def picture():
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
-    """Towers and tokenizers that MiniMind-V's weights were trained with, by kind of projector."""
+    """Save the kinds of towers and tokenizers that MiniMind-V was trained with; see `make_parts`."""
     return make_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """`published(family)`: a folder with a tiny model of that family."""
+    """Return a function: `published(family)` is a folder with a tiny model of that family."""
     folder = tmp_path_factory.mktemp("published")
 
     def find(family):
@@ -61,13 +66,13 @@ def published(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """A process trains once; here several runs with different precision share one."""
+    """Reset Accelerate's state: a process trains once, but here several runs with different precision share one."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
 def data(tmp_path):
-    """24 rows about 8 pictures, in both languages, as a file of MiniMind-V's columns."""
+    """Write 24 rows about 8 pictures, in both languages, to a file with MiniMind-V's columns."""
     answers = ["dog", "cat", "a red bus", "家", "yes", "no"]
     rows = [row(question=f"What is {i}?", answer=answers[i % 6], seed=i // 3) for i in range(24)]
     for i, r in enumerate(rows):

@@ -1,17 +1,17 @@
 """How a folder answers by default: in batches, to prompts with pictures, and from every command that writes one."""
 
 import pytest
-from families import plain_tokenizer
-from test_convert import PICTURED, make
-from test_training import run
-from tiny import ROOT
 from transformers import AutoTokenizer, GenerationConfig, pipeline
 
-from backbones_minivlm import MAX_NEW_TOKENS, generation_defaults
-from data_minivlm import decode_image
-from scripts.convert.__main__ import main
-from scripts.evaluate import load_trained
-from sources_minivlm import load_rows
+from helpers.families import plain_tokenizer
+from helpers.minimind import PICTURED, make
+from helpers.models import ROOT
+from helpers.training import run
+from minivlm.commands.convert import main
+from minivlm.data.pictures import decode_image
+from minivlm.data.rows import load_rows
+from minivlm.model.backbones import MAX_NEW_TOKENS, generation_defaults
+from minivlm.model.loading import load_trained
 
 
 @pytest.fixture(scope="module")

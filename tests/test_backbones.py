@@ -1,18 +1,18 @@
-"""Anyone's tower and anyone's decoder, joined by name: each family is made on the spot, trained and asked."""
+"""Towers and decoders of every family are joined by name, trained and asked; the tests make tiny ones."""
 
 import json
+import re
 
 import pytest
 import torch
-from families import DECODERS, SIZES, TOWERS
-from test_convert import fails, train_and_ask
-from tiny import ROOT, make_pixels
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from backbones_minivlm import check_sources
-from options_minivlm import parse_args
-from scripts.convert.__main__ import main
-from scripts.evaluate import load_trained
+from helpers.convert import fails, train_and_ask
+from helpers.families import DECODERS, SIZES, TOWERS
+from helpers.models import ROOT, make_pixels
+from minivlm.commands.convert import main, parse_args
+from minivlm.model.loading import check_sources, load_trained
+from minivlm.training import options as training
 
 PAIRS = [(tower, "qwen3") for tower in TOWERS] + [("siglip_vision_model", decoder) for decoder in DECODERS][1:]
 
@@ -27,9 +27,9 @@ def test_every_family_is_joined_trained_and_asked(tower, decoder, published, dat
     rows, old = model.get_input_embeddings().weight, source.get_input_embeddings().weight
     assert torch.equal(rows[: len(old)], old) and model.config.image_token_id >= len(old)
     torch.testing.assert_close(rows[len(old) :], old.mean(0).expand(len(rows) - len(old), -1))
-    eyes = AutoModel.from_pretrained(tower)
+    weights = AutoModel.from_pretrained(tower).state_dict()
     for name, weight in model.model.vision_tower.state_dict().items():
-        assert torch.equal(weight, eyes.state_dict()[name]), name
+        assert torch.equal(weight, weights[name]), name
     train_and_ask(out, data, picture(), tmp_path)
 
 
@@ -67,24 +67,27 @@ def test_a_model_needs_no_parts_of_a_new_one(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("vision_model: runs/tower-that-was-deleted\n", encoding="utf-8")
     options = ["--recipe", str(recipe), "--model", str(ROOT)]
-    check_sources(parse_args(options))
+    check_sources(training.parse_args(options))
     assert capsys.readouterr().out == ""
-    check_sources(parse_args([*options, "--text_model", "no/such", "--vision_model", "another/tower"]))
+    check_sources(training.parse_args([*options, "--text_model", "no/such", "--vision_model", "another/tower"]))
     said = "warning: --vision_model another/tower, --text_model no/such not used: --model "
     assert capsys.readouterr().out.startswith(said)
     with pytest.raises(ValueError, match="--vision_model runs/tower-that-was-deleted: neither a folder"):
-        check_sources(parse_args(options[:2]))
+        check_sources(training.parse_args(options[:2]))
 
 
 def test_a_model_that_is_none_of_ours_is_refused(published, tmp_path, capsys):
     for command in ("to_minimind", "to_llava", "to_causal_lm", "to_onnx"):
         said = fails([command, str(published("llama")), "--out", str(tmp_path / "out")], tmp_path / "out")
         assert "is of type 'llama', not a MiniVLM" in said
-    for text, problem in (("{bad", "is no JSON"), ("[1]", "is no mapping")):
+    for text, problem in (("{bad", "is not JSON"), ("[1]", "is not a mapping")):
         command = ["build", "--vision_model", "a", "--text_model", "b", "--out", "c", "--model_config", text]
         with pytest.raises(SystemExit):
             main(command)
         assert problem in capsys.readouterr().err
+
+
+COMMANDS = ("build", "from_minimind", "to_minimind", "to_llava", "to_causal_lm", "to_onnx")
 
 
 def test_help_shows_every_command(capsys):
@@ -93,5 +96,21 @@ def test_help_shows_every_command(capsys):
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
     manual = (ROOT / "CONVERTING.md").read_text(encoding="utf-8")
-    for command in ("build", "from_minimind", "to_minimind", "to_llava", "to_causal_lm", "to_onnx"):
-        assert command in shown and f"scripts.convert {command}" in manual
+    for command in COMMANDS:
+        assert command in shown and f"minivlm convert {command}" in manual
+
+
+def test_the_commands_of_the_manual_can_be_parsed():
+    manual = (ROOT / "CONVERTING.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^minivlm convert (.*)", manual, flags=re.MULTILINE)
+    assert {parse_args(example.split()).command for example in examples} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_in_the_help_of_a_command_can_be_parsed(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: minivlm convert {command} ")
+    examples = re.findall(r"^    minivlm convert (.*)", shown.replace("\\\n", " "), flags=re.MULTILINE)
+    assert examples and all(parse_args(example.split()).command == command for example in examples)

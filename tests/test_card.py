@@ -13,10 +13,11 @@ import yaml
 from datasets import get_dataset_config_names, load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import ROOT
 
-from scripts.model_card import main
-from sources_minivlm import load_rows, minimind_v
+from helpers.models import ROOT
+from minivlm.data.rows import load_rows
+from minivlm.data.schemas import minimind_v
+from tools.card import main
 
 FILES = {
     ("default", "train"): ["train", "train_scenes"],
@@ -96,7 +97,7 @@ def test_the_model_index_is_the_results():
         assert (title, result.metric_type) in (("Exact match", "exact_match"), ("Likeliest option", "accuracy"))
         evidence = result.metric_name.split(" (")[1].split(", ")[0]
         found[name + "-likeliest" * (title == "Likeliest option")] = (result.metric_value, evidence)
-    assert found == reported() and len(found) == 27, "new results: python -m scripts.model_card"
+    assert found == reported() and len(found) == 27, "new results: python -m tools.card"
 
 
 def test_the_entries_that_the_hub_reads_are_the_results():

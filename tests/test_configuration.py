@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny import ROOT, TEXT, VISION, make_config, make_model, make_pixels, make_prompt
 from transformers import Dinov2Config, LlamaConfig, Qwen3Config, SiglipVisionConfig
 
 from configuration_minivlm import MiniVLMConfig
+from helpers.models import ROOT, TEXT, VISION, make_config, make_model, make_pixels, make_prompt
 
 REFUSED = {
     "odd head_dim": (dict(text={"head_dim": 15}), ["`head_dim`=15", "even"]),
@@ -215,9 +215,9 @@ def test_the_search_for_hidden_accelerators_finds_them(line, count):
 def test_using_the_package_does_not_touch_the_devices_of_the_process():
     code = (
         "import os; before = dict(os.environ)\n"
-        "import tiny, torch\n"
-        "model = tiny.make_model()\n"
-        "model(input_ids=tiny.make_prompt(2, 'image', 2), pixel_values=tiny.make_pixels(1))\n"
+        "from helpers import models\n"
+        "model = models.make_model()\n"
+        "model(input_ids=models.make_prompt(2, 'image', 2), pixel_values=models.make_pixels(1))\n"
         "new = {k: v for k, v in os.environ.items() if before.get(k) != v}\n"
         "assert os.environ['CUDA_VISIBLE_DEVICES'] == '7,3', os.environ['CUDA_VISIBLE_DEVICES']\n"
         "assert not [k for k in new if 'VISIBLE' in k or k.startswith('ACCELERATE')], new\n"

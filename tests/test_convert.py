@@ -1,11 +1,7 @@
-"""Weights of MiniMind and MiniMind-V: in, out, and the same logits as their published formulas on either side."""
-
-import json
+"""Weights of MiniMind and MiniMind-V keep the logits of their published formulas on the way in and out."""
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tiny import make_pixels, same
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -13,22 +9,14 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-import train_accelerate
-from scripts.convert import formulas
-from scripts.convert.__main__ import main
-from scripts.convert.minimind import read_config
-from scripts.evaluate import load_trained
+from helpers.convert import train_and_ask
+from helpers.minimind import FORMATS, PICTURED, make, make_source, options
+from helpers.models import make_pixels, same
+from minivlm.commands.convert import main
+from minivlm.convert import formulas
+from minivlm.convert.minimind import read_config
+from minivlm.model.loading import load_trained
 
-# As published but for sizes: (projector, QK-norm, experts, key-value heads).
-FORMATS = {
-    "minimind-3v": ("mlp", True, 0, 4),
-    "minimind-3v-moe": ("mlp", True, 4, 4),
-    "minimind2-v": ("linear", False, 0, 2),
-    "minimind-3": (None, True, 0, 4),
-    "minimind-3-moe": (None, True, 4, 4),
-    "minimind2": (None, False, 0, 2),
-}
-PICTURED = [name for name in FORMATS if FORMATS[name][0]]
 PUBLISHED = {  # width, blocks, width of the MLP
     "minimind-3v": (768, 8, 2432),
     "minimind-3v-moe": (768, 8, 2432),
@@ -37,85 +25,8 @@ PUBLISHED = {  # width, blocks, width of the MLP
 }
 
 
-def make_source(name, hidden=32, layers=2, width=64, vocabulary=None, tower=16, dtype=torch.float32):
-    """Random weights by MiniMind's names; the numbers of heads are those published."""
-    projector, normed, experts, kv = FORMATS[name]
-    generator = torch.Generator().manual_seed(1)
-    vocabulary = vocabulary or (6400 if normed else 259)
-    head = hidden // 8
-
-    def matrix(*shape):
-        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
-        return (torch.randn(*shape, generator=generator) * scale + (len(shape) == 1)).to(dtype)
-
-    def mlp(prefix):
-        return {
-            f"{prefix}gate_proj.weight": matrix(width, hidden),
-            f"{prefix}up_proj.weight": matrix(width, hidden),
-            f"{prefix}down_proj.weight": matrix(hidden, width),
-        }
-
-    tensors = {"model.embed_tokens.weight": matrix(vocabulary, hidden), "model.norm.weight": matrix(hidden)}
-    for i in range(layers):
-        layer = f"model.layers.{i}."
-        for part, rows in (("q", hidden), ("k", kv * head), ("v", kv * head), ("o", hidden)):
-            tensors[f"{layer}self_attn.{part}_proj.weight"] = matrix(rows, hidden)
-        for part in "qk" if normed else "":
-            tensors[f"{layer}self_attn.{part}_norm.weight"] = matrix(head)
-        for part in ("input", "post_attention"):
-            tensors[f"{layer}{part}_layernorm.weight"] = matrix(hidden)
-        if experts:
-            tensors[f"{layer}mlp.gate.weight"] = matrix(experts, hidden)
-        for expert in [f"experts.{e}." for e in range(experts)] or [""]:
-            tensors |= mlp(f"{layer}mlp.{expert}")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    shapes = {
-        "mlp": {"mlp.0": (tower,), "mlp.1": (hidden, tower), "mlp.3": (hidden, hidden)},
-        "linear": {"vision_proj.0": (hidden, tower)},
-    }.get(projector, {})
-    for part, shape in shapes.items():
-        tensors[f"vision_proj.{part}.weight"] = matrix(*shape)
-        tensors[f"vision_proj.{part}.bias"] = matrix(shape[0]) - 1
-    return tensors
-
-
-def save(path, tensors):
-    """By the format that the name asks for; a path without one is a transformers folder."""
-    if path.suffix == ".safetensors":
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
-    elif path.suffix:
-        torch.save(tensors, path)
-    else:
-        path.mkdir()
-        torch.save(tensors, path / "pytorch_model.bin")
-        hidden = tensors["model.embed_tokens.weight"].shape[1]
-        (path / "config.json").write_text(json.dumps({"hidden_size": hidden, "num_attention_heads": 8}))
-    return path
-
-
-def options(name, parts, out):
-    projector, normed, *_ = FORMATS[name]
-    tower = ["--vision_model", str(parts["folder"] / parts[projector].config.model_type)] if projector else []
-    return ["--tokenizer", str(parts["folder"] / ("third" if normed else "second")), *tower, "--out", str(out)]
-
-
-def make(name, parts, tmp_path, file="weights.pth", **sizes):
-    tensors = make_source(name, **sizes)
-    source = save(tmp_path / file, tensors)
-    main(["from_minimind", str(source), *options(name, parts, tmp_path / "out"), "--verify"])
-    return tensors, tmp_path / "out"
-
-
-def fails(command, out):
-    """What is said, in one message and no traceback; nothing is left of what was begun."""
-    with pytest.raises(SystemExit) as stopped:
-        main(command)
-    assert not out.exists() and not list(out.parent.glob("*.partial"))
-    return str(stopped.value)
-
-
 def expected_logits(name, tensors, parts, ids, image_token_id, pixels):
-    """By the formulas, the picture's features by a tower that transformers built and nobody trimmed."""
+    """Return logits by the formulas; the picture's features come from the whole tower as transformers builds it."""
     tensors = {key: tensor.float() for key, tensor in tensors.items()}
     config = read_config(tensors, {}, multimodal=True)
     with torch.no_grad():
@@ -179,7 +90,7 @@ def test_a_language_model_becomes_a_decoder_that_transformers_knows(name, kind, 
 
 
 @pytest.mark.parametrize("name", ["minimind-3", "minimind-3-moe", "minimind2"])
-def test_a_converted_language_model_gets_eyes(name, parts, tmp_path, data, picture):
+def test_a_converted_language_model_is_joined_to_a_tower(name, parts, tmp_path, data, picture):
     _, decoder = make(name, parts, tmp_path)
     tower = ["--vision_model", str(parts["folder"] / "siglip_vision_model")]
     main(["build", *tower, "--text_model", str(decoder), "--out", str(tmp_path / "joined")])
@@ -189,7 +100,7 @@ def test_a_converted_language_model_gets_eyes(name, parts, tmp_path, data, pictu
 @torch.no_grad()
 @pytest.mark.parametrize("name", PICTURED)
 def test_a_model_made_here_runs_there(name, parts, tmp_path):
-    """Its tensors, by MiniMind's names and formulas, give its logits, though none of them came from there."""
+    """Changed weights under MiniMind's names give the same logits by MiniMind's formulas."""
     make(name, parts, tmp_path)
     model, processor = load_trained(tmp_path / "out")
     for parameter in model.parameters():
@@ -246,23 +157,6 @@ def test_prompts_and_pictures_are_minimind_s(name, parts, tmp_path, picture):
     same(inputs["pixel_values"], theirs(picture(), return_tensors="pt")["pixel_values"])
 
 
-def train_and_ask(folder, data, picture, tmp_path):
-    """Two steps, and an answer to a question about a picture; returns the trained folder."""
-    train = ["--model", str(folder), "--data", data, "--batch_size", "4", "--max_steps", "2", "--device", "cpu"]
-    final = train_accelerate.main([*train, "--workers", "0", "--output_dir", str(tmp_path / "run")])
-    before, _ = load_trained(folder)
-    model, processor = load_trained(final)
-    assert not torch.equal(before.get_input_embeddings().weight, model.get_input_embeddings().weight)
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
-        return_tensors="pt",
-    )  # fmt: skip
-    answer = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert 1 <= len(answer) <= 6 and model.config.image_token_id not in answer
-    return final
-
-
 @pytest.mark.parametrize("name", PICTURED)
 def test_a_converted_model_can_be_trained_and_asked(name, parts, tmp_path, data, picture):
     _, out = make(name, parts, tmp_path)
@@ -272,7 +166,7 @@ def test_a_converted_model_can_be_trained_and_asked(name, parts, tmp_path, data,
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_weights_do_not_show_is_as_published(name):
-    """The formulas read these from the same configuration, so no comparison of logits would find one wrong."""
+    """The formulas read these from the same configuration, so comparing logits cannot find a wrong one."""
     config = read_config(make_source(name), {}, multimodal=True)
     assert config.rms_norm_eps == (1e-6 if FORMATS[name][1] else 1e-5)
     assert config.rope_parameters["rope_theta"] == 1e6 and config.hidden_act == "silu"

@@ -1,13 +1,14 @@
-"""Weights of MiniMind that cannot be converted: one clear error each, and nothing left of what was begun."""
+"""Weights of MiniMind that cannot be converted give one clear error each and leave no files."""
 
 import pytest
 import torch
-from test_convert import fails, make_source, options, save
-from tiny import ROOT
 
-from scripts.convert import formulas
-from scripts.convert.__main__ import main
-from scripts.evaluate import load_trained
+from helpers.convert import fails
+from helpers.minimind import make_source, options, save
+from helpers.models import ROOT
+from minivlm.commands.convert import main
+from minivlm.convert import formulas
+from minivlm.model.loading import load_trained
 
 
 def spoil(tensors, how):
@@ -63,7 +64,8 @@ def test_a_file_that_is_cut_short_is_refused(suffix, parts, tmp_path):
     source, out = save(tmp_path / f"weights{suffix}", make_source("minimind-3v")), tmp_path / "out"
     source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
     command = ["from_minimind", str(source), *options("minimind-3v", parts, out)]
-    assert "is no whole" in fails(command, out) and "again" in fails(command, out)
+    said = fails(command, out)
+    assert "is not a complete" in said and "again" in said
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_what_is_missing_or_in_the_way_is_named(parts, tmp_path):
     assert "scales RoPE" in fails(["from_minimind", str(folder), *good[2:]], out)
     out.mkdir()
     (out / "mine").write_text("kept")
-    with pytest.raises(SystemExit, match="exists. Choose another --out"):
+    with pytest.raises(ValueError, match="exists. Choose another --out"):
         main(good)
     assert (out / "mine").read_text() == "kept"
 

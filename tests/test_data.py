@@ -11,50 +11,31 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import make_model, make_processor
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from batching_minivlm import (
-    GlobalBatchSampler,
-    LikeLengths,
-    PackingCollator,
-    PaddingCollator,
-    rows_by_picture,
-)
-from data_minivlm import IGNORE, BadRow, Encoder, Pixels, TrainingRows, augment, decode_image, share_prefix
-from sources_minivlm import keep_rows, load_rows, minimind_v
+from helpers.data import ENCODER, PROCESSOR, loss_of, png, row, write
+from helpers.models import make_model
+from minivlm.data.collators import PackingCollator, PaddingCollator
+from minivlm.data.dataset import TrainingRows
+from minivlm.data.encoder import IGNORE, BadRow, Encoder, PixelValues, share_prefix
+from minivlm.data.pictures import augment, decode_image
+from minivlm.data.plans import GlobalBatchSampler, PaddedPlan, rows_by_picture
+from minivlm.data.rows import filter_rows, load_rows
+from minivlm.data.schemas import minimind_v
 
-PROCESSOR = make_processor()
-ENCODER = Encoder(PROCESSOR, max_length=512)
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40) | st.sampled_from(
     ["<|im_end|>", "a<|image_pad|>b", "<|im_start|>assistant\nno", "<think>x</think>", "<|endoftext|><|im_end|>"]
 )
 
 
-def png(seed=0, size=(32, 32)) -> bytes:
-    noise = torch.randint(0, 256, (*size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    Image.fromarray(noise.numpy()).save(buffer := io.BytesIO(), "PNG")
-    return buffer.getvalue()
-
-
-def row(question="What is it?", answer="a dog", images=1, seed=0) -> dict:
-    turns = [{"role": "user", "content": "<image>\n" * images + question}, {"role": "assistant", "content": answer}]
-    return {"conversations": json.dumps(turns), "image_bytes": [png(seed + i) for i in range(images)]}
-
-
 def encode(*rows) -> dict:
-    """What TrainingRows makes of rows, the later ones about the first one's picture."""
+    """Encode rows as `TrainingRows` does; with several, all are about the picture of the first."""
     return {
         **share_prefix([ENCODER(minimind_v(r)) for r in rows], PROCESSOR.image_token_id),
-        "rows": [],
+        "places": [],
         "bad_rows": [],
         "epoch": 0,
     }
-
-
-def write(path, rows) -> str:
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
 
 
 @settings(deadline=None, max_examples=150)
@@ -66,7 +47,7 @@ def test_labels_are_exactly_what_the_assistant_says(turns):
         for turn in turns
         for role, text in zip(("user", "assistant"), turn)
     ]
-    ids, labels = ENCODER.tokens(messages)
+    ids, labels = ENCODER.tokenize_messages(messages)
     supervised = [token for token in labels if token != IGNORE]
     said = "".join(m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant")
     assert PROCESSOR.tokenizer.decode(supervised) == said
@@ -76,7 +57,9 @@ def test_labels_are_exactly_what_the_assistant_says(turns):
 @settings(deadline=None, max_examples=100)
 @given(TEXT, TEXT)
 def test_typed_control_tokens_stay_text(question, answer):
-    ids, _ = ENCODER.tokens([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    ids, _ = ENCODER.tokenize_messages(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    )
     start, end, image = 1, 2, PROCESSOR.image_token_id
     assert (ids.count(start), ids.count(end), ids.count(image), ids.count(0)) == (2, 2, 0, 0)
 
@@ -102,7 +85,7 @@ def test_encoding_equals_the_processor_that_users_call():
 )
 def test_pixels_are_the_processors_to_the_bit(make, options, by_table):
     processor = make(**options)
-    pixels = Pixels(processor)
+    pixels = PixelValues(processor)
     assert (pixels.table is not None) == by_table
     images = [decode_image(png(seed, size)) for seed, size in enumerate([(32, 32), (100, 7), (3, 300), (48, 32)])]
     assert torch.equal(pixels(images), processor(images, return_tensors="pt")["pixel_values"])
@@ -151,7 +134,7 @@ def conversation(*answers) -> list[dict]:
 @given(st.lists(TEXT, min_size=1, max_size=5), st.integers(10, 150))
 def test_a_long_row_is_cut_to_the_most_turns_that_fit(answers, limit):
     sample = {"images": [png(seed) for seed in range(len(answers))], "messages": conversation(*answers)}
-    lengths = [len(ENCODER.tokens(sample["messages"][: 2 * i])[0]) for i in range(1, len(answers) + 1)]
+    lengths = [len(ENCODER.tokenize_messages(sample["messages"][: 2 * i])[0]) for i in range(1, len(answers) + 1)]
     kept = sum(length <= limit for length in lengths)
     cutting = Encoder(PROCESSOR, limit, too_long="cut")
     if not kept:
@@ -191,11 +174,11 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path):
 
 def test_rows_are_kept_by_column(tmp_path):
     rows = load_rows([write(tmp_path / "a.parquet", [{**row(), "task": "ab"[i % 2], "n": i} for i in range(6)])])
-    assert keep_rows(rows, {"task": ["b"], "n": [1, 2, 3]})["n"] == [1, 3]
-    with pytest.raises(ValueError, match="keep: no column 'tasks'. The data has conversations"):
-        keep_rows(rows, {"tasks": ["b"]})
-    with pytest.raises(ValueError, match="keep: no row has a task among c"):
-        keep_rows(rows, {"task": ["c"]})
+    assert filter_rows(rows, {"task": ["b"], "n": [1, 2, 3]})["n"] == [1, 3]
+    with pytest.raises(ValueError, match="filter: no column 'tasks'. The data has conversations"):
+        filter_rows(rows, {"tasks": ["b"]})
+    with pytest.raises(ValueError, match="filter: no row has a task among c"):
+        filter_rows(rows, {"task": ["c"]})
 
 
 def mixed_samples():
@@ -204,13 +187,6 @@ def mixed_samples():
         encode(row(question="Which is it: a, b, c or d? " * 3, answer="two red cats on a mat", images=2, seed=5)),
         encode(row(question="Hello", answer="Hi there, how are you?", images=0)),
     ]
-
-
-def loss_of(model, batch, answers):
-    batch = {key: value for key, value in batch.items() if key not in ("bad_rows", "epoch")}
-    with torch.no_grad():
-        labels = batch["shift_labels"]
-        return model(**batch, labels=labels, use_cache=False, num_items_in_batch=torch.tensor(answers)).loss
 
 
 def loss_of_rows_alone(model, rows):
@@ -283,7 +259,7 @@ def test_global_batches_do_not_depend_on_ranks_or_micro_batches():
 
     def rows_of(world_size, micro):
         ranks = [
-            flatten(GlobalBatchSampler(LikeLengths(units(101), lengths, 12, seed=3), micro, rank, world_size), 17)
+            flatten(GlobalBatchSampler(PaddedPlan(units(101), lengths, 12, seed=3), micro, rank, world_size), 17)
             for rank in range(world_size)
         ]
         return [sorted(key for rank in step for micro in rank for key in micro) for step in zip(*ranks)]
@@ -295,16 +271,16 @@ def test_global_batches_do_not_depend_on_ranks_or_micro_batches():
 
 
 def test_sampler_resumes_where_it_stopped():
-    whole = flatten(GlobalBatchSampler(LikeLengths(units(50), list(range(50)), 8, seed=1), 4), 20)
-    rest = flatten(GlobalBatchSampler(LikeLengths(units(50), list(range(50)), 8, seed=1), 4, start_step=9), 11)
+    whole = flatten(GlobalBatchSampler(PaddedPlan(units(50), list(range(50)), 8, seed=1), 4), 20)
+    rest = flatten(GlobalBatchSampler(PaddedPlan(units(50), list(range(50)), 8, seed=1), 4, start_step=9), 11)
     assert whole[9:] == rest
 
 
 def test_sampler_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="3 rows .*, fewer than batch_size=8"):
-        LikeLengths(units(3), [1, 2, 3], 8)
+        PaddedPlan(units(3), [1, 2, 3], 8)
     with pytest.raises(ValueError, match="batch_size=8 does not divide by 3 ranks"):
-        GlobalBatchSampler(LikeLengths(units(9), [1] * 9, 8), 8, world_size=3)
+        GlobalBatchSampler(PaddedPlan(units(9), [1] * 9, 8), 8, world_size=3)
 
 
 def test_augmentation_depends_on_seed_epoch_and_row_alone(tmp_path):
@@ -332,7 +308,7 @@ def test_no_row_is_asked_to_predict_the_next_rows_first_token():
         "position_ids": torch.arange(3),
         "branch": torch.zeros(3, dtype=torch.long),
         "pixel_values": torch.empty(0),
-        "rows": [],
+        "places": [],
         "bad_rows": [],
         "epoch": 0,
     }

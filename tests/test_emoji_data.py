@@ -15,9 +15,10 @@ from PIL import Image
 
 pytest.importorskip("resvg_py")
 
-from scripts import emoji_questions, prepare_emoji
-from scripts.emoji_pictures import BACKGROUNDS, choose_ground, draw_single, look
-from scripts.emoji_questions import CATEGORIES, COLORS, PHRASES, POSITIONS, Concept, confusable, only_left
+from tools.emoji import prepare as prepare_emoji
+from tools.emoji import questions as emoji_questions
+from tools.emoji.pictures import BACKGROUNDS, choose_ground, draw_single, look
+from tools.emoji.questions import CATEGORIES, COLORS, PHRASES, POSITIONS, Concept, confusable, only_left
 
 DATA = Path(__file__).parent.parent / "data"
 FILES = ("train", "train_scenes", "dev", "test", "test_compositions", "demo_train", "demo_test")

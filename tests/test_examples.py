@@ -1,4 +1,4 @@
-"""Each example trains a tiny model on a few rows, and what it promises holds."""
+"""Train a tiny model with each example on a few rows, and check what the example promises."""
 
 import importlib
 import json
@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_data import row, write
-from tiny import ROOT, make_model, make_pixels, make_processor, make_prompt
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from helpers.data import row, write
+from helpers.models import ROOT, make_model, make_pixels, make_processor, make_prompt
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -28,7 +29,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture
 def choices(tmp_path):
-    """Two questions with options, and one without."""
+    """Write two questions with options, and one without; return the path."""
     rows = [row(question=f"{w} or {r}?", answer=w, seed=i) for i, (w, r) in enumerate([("dog", "cat"), ("红", "蓝")])]
     for r, options in zip(rows, (["dog", "cat"], ["红", "蓝"])):
         r |= {"task": "choice", "options": options}

@@ -3,15 +3,14 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_convert import fails
-from tiny import ROOT, make_config, make_model, make_pixels, make_processor, make_prompt, same
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from scripts.convert.__main__ import main
-from scripts.convert.llava import llava_config
-from scripts.evaluate import load_trained
+from helpers.convert import fails
+from helpers.models import ROOT, SIGLIP, make_pixels, make_prompt, same, save
+from minivlm.commands.convert import main
+from minivlm.convert.llava import llava_config
+from minivlm.model.loading import load_trained
 
-SIGLIP = {"model_type": "siglip_vision_model"}
 DINO = {"model_type": "dinov2", "image_size": 28, "patch_size": 14}
 CASES = {
     "clip, as LLaVA": {},
@@ -27,16 +26,6 @@ CASES = {
     "yarn": {"text": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
                                           "original_max_position_embeddings": 128}}},
 }  # fmt: skip
-
-
-def save(folder, **options):
-    """A model made here, its norms and biases random, too."""
-    text = options.pop("text", {}) | {"vocab_size": 6400}
-    model = make_model(make_config(options.pop("vision", {}), text, **options))
-    model.save_pretrained(folder)
-    size = model.config.vision_config.image_size
-    make_processor(size=size, image_tokens=model.config.image_seq_length).save_pretrained(folder)
-    return model
 
 
 @torch.no_grad()
@@ -144,15 +133,15 @@ def test_decoders_of_other_families_leave_as_they_came(decoder, published, tmp_p
         assert torch.equal(after.state_dict()[name][: len(weight)], weight), name
 
 
-def test_the_configuration_of_an_export_leaves_the_model_as_it_is(published, tmp_path):
-    """A shared configuration of the decoder would lose the attention function that the model goes by."""
-    parts = ["--vision_model", str(published("siglip_vision_model")), "--text_model", str(published("llama"))]
-    main(["build", *parts, "--out", str(tmp_path / "ours"), "--model_config", '{"vision_feature_layer": -1}'])
-    model = load_trained(tmp_path / "ours")[0]
-    text = model.config.text_config
-    before = text._attn_implementation
-    assert llava_config(model.config).text_config is not text
-    assert text._attn_implementation == before is not None
+@torch.no_grad()
+def test_a_llava_configuration_leaves_the_model_as_it_is(published, tmp_path):
+    parts = ["--vision_model", str(published("dinov2")), "--text_model", str(published("llama"))]
+    main(["build", *parts, "--out", str(tmp_path / "ours")])
+    model, _ = load_trained(tmp_path / "ours")
+    inputs = {"input_ids": make_prompt(30)}
+    before = model.eval()(**inputs).logits
+    llava_config(model.config)
+    same(model(**inputs).logits, before)
 
 
 def test_an_export_that_does_not_verify_is_not_kept(tmp_path, monkeypatch):

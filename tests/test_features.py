@@ -8,15 +8,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from test_data import row, write
-from test_sources import run
-from test_training import TINY, losses
-from tiny import make_model, make_processor
 
 import train_accelerate
-from data_minivlm import BadRow, Encoder
-from features_minivlm import FeatureCache
-from sources_minivlm import load_rows
+from helpers.data import row, write
+from helpers.models import make_model, make_processor
+from helpers.sources import run
+from helpers.training import TINY, losses
+from minivlm.data.encoder import BadRow, Encoder
+from minivlm.data.features import FeatureCache
+from minivlm.data.rows import load_rows
 
 FROZEN = ("--train", "projector", "text", "--mixed_precision", "no", "--max_steps", "4")
 
@@ -72,6 +72,17 @@ def test_a_file_is_replaced_where_the_system_renames_onto_none(tmp_path, monkeyp
     assert file.name == "000007.safetensors" and load_file(file)["features"].unique().tolist() == [2.0]
 
 
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_the_shape_of_features_is_known_before_any_is_computed(strategy, tmp_path):
+    model, encoder = make_model(vision_feature_select_strategy=strategy), Encoder(make_processor())
+    cache = FeatureCache(str(tmp_path / "cache"), model, encoder, torch.float32)
+    pixels = encoder.blank()["pixel_values"]
+    assert cache.encode(pixels, Accelerator(cpu=True)).shape[1:] == cache.shape
+    with_cache = encoder.with_features(cache)
+    assert with_cache.blank()["pixel_values"].shape == (1, 1, *cache.shape)
+    assert torch.equal(encoder.blank()["pixel_values"], pixels)  # the encoder itself still gives pixel values
+
+
 def test_another_tower_or_preprocessing_has_another_cache(tmp_path):
     def folder(model, encoder, dtype=torch.float32):
         return FeatureCache(str(tmp_path), model, encoder, dtype).folder
@@ -91,7 +102,7 @@ def test_another_tower_or_preprocessing_has_another_cache(tmp_path):
 def test_what_would_change_the_features_is_refused(options, capsys):
     with pytest.raises(SystemExit):
         train_accelerate.parse_args(["--feature_cache", "x", *options])
-    assert "--feature_cache keeps what a frozen tower makes" in capsys.readouterr().err
+    assert "--feature_cache keeps a frozen tower's features" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told_before_work_is_lost(tmp_path, monkeypatch):

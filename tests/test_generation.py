@@ -4,13 +4,13 @@ import io
 
 import pytest
 import torch
-from tiny import make_config, make_model, make_pixels, make_prompt, same
 from torch.nn.functional import log_softmax, pad
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
+from helpers.models import make_config, make_model, make_pixels, make_prompt, same
 from modeling_minivlm import CACHE, MiniVLMTextModel
 
 IDS = make_prompt(3, "image", 5, "image", 2)
@@ -33,9 +33,6 @@ def greedy_by_hand(model, ids=IDS, pixels=PIXELS, steps=NEW):
             logits = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
             ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
     return ids[:, -steps:]
-
-
-# --------------------------------------------------------------------------------- attention and caches
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
@@ -115,9 +112,6 @@ def test_paged_attention_answers_as_a_plain_cache(implementation, model):
     assert [results[key].generated_tokens for key in sorted(results)] == expected
 
 
-# --------------------------------------------------------------------------------------------- left padding
-
-
 def test_a_left_padded_batch_answers_as_each_row_alone(model):
     rows = [make_prompt(5), make_prompt(2, "image", 4), make_prompt(1, "image", "image", 3, "image", 2)]
     pixels = make_pixels(4)
@@ -135,9 +129,6 @@ def test_a_left_padded_batch_answers_as_each_row_alone(model):
             assert torch.equal(answers[i : i + 1], greedy_by_hand(model, row, p))
             assert torch.equal(beams[i : i + 1], generate(model, row, p, num_beams=3))
     assert len({tuple(answer) for answer in answers.tolist()}) == 3
-
-
-# ------------------------------------------------------------------------------------ kinds of generation
 
 
 def test_sampling_follows_the_seed_and_the_distribution(model):
@@ -197,9 +188,6 @@ def test_generation_from_embeddings(model):
     assert torch.equal(several, generate(model, num_beams=3))
 
 
-# ------------------------------------------------------------------------------- outputs of the forward pass
-
-
 def test_embeddings_as_input_are_the_ids_as_input(model):
     with torch.no_grad():
         expected = model(input_ids=IDS, pixel_values=PIXELS).logits
@@ -244,9 +232,6 @@ def test_a_tuple_holds_what_the_dict_holds(model):
     same(values[1], outputs.logits)
 
 
-# ------------------------------------------------------------------------------------------------ keywords
-
-
 @pytest.mark.parametrize(
     "word, near",
     [("pixel_value", "pixel_values"), ("label", "labels"), ("attn_mask", "attention_mask"), ("colour", None)],
@@ -284,9 +269,6 @@ def test_keywords_of_the_attention_function_reach_it(model):
         seen.clear()
 
 
-# ---------------------------------------------------------------------------------- compilation and export
-
-
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_the_forward_pass_compiles_into_one_graph(model, use_cache):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -305,9 +287,6 @@ def test_export_round_trip(model):
         file.seek(0)
         other = inputs | {"pixel_values": make_pixels(2, seed=3), "input_ids": IDS.roll(1, -1)}
         same(torch.export.load(file).module()(**other).logits, model(**other).logits)
-
-
-# ----------------------------------------------------------------------------------------------- embeddings
 
 
 @pytest.mark.parametrize("tied", [True, False])

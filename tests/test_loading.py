@@ -10,9 +10,9 @@ import textwrap
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT, make_config, make_model, make_pixels, make_processor, make_prompt, same
 from transformers import set_seed
 
+from helpers.models import ROOT, make_config, make_model, make_pixels, make_processor, make_prompt, same
 from modeling_minivlm import MiniVLMForConditionalGeneration, MiniVLMModel, MiniVLMTextModel
 
 IDS, PIXELS = make_prompt(3, "image", 5, "image", 12), make_pixels(2)  # 28 tokens
@@ -110,8 +110,6 @@ def test_new_weights_are_drawn_small_and_from_the_seed():
     assert (first["model.language_model.norm.weight"] == 1).all()
     assert not first["model.language_model.embed_tokens.weight"][0].any()  # padding
 
-
-# ------------------------------------------------------- from a folder elsewhere, without the project (remote code)
 
 PROLOGUE = """
     import json, os, sys

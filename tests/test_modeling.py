@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import TEXT, VISION, make_config, make_model, make_pixels, make_prompt, same
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import (
     AutoModel,
@@ -13,6 +12,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from helpers.models import TEXT, VISION, make_config, make_model, make_pixels, make_prompt, same
 from modeling_minivlm import MiniVLMTextModel, rotate
 
 ROPES = {
@@ -28,9 +28,6 @@ PIXELS = make_pixels(3)
 def logits(model, ids=IDS, pixels=PIXELS, **options):
     with torch.no_grad():
         return model(input_ids=ids, pixel_values=pixels, **options).logits
-
-
-# ------------------------------------------------------------------------------------------------ positions
 
 
 @pytest.mark.parametrize("hidden, heads, head_dim", [(640, 10, None), (640, 10, 64), (32, 4, 16), (48, 2, 6)])
@@ -66,9 +63,6 @@ def test_only_relative_positions_count(rope):
     plain = logits(model, attention_mask=mask)
     same(logits(model, attention_mask=mask, position_ids=positions + 41), plain, atol=1e-4)
     assert (logits(model, attention_mask=mask, position_ids=positions * 2) - plain).abs().max() > 0.1
-
-
-# --------------------------------------------------------------------------------------------------- parity
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -114,8 +108,6 @@ def test_whole_model_is_llava(strategy, layer, tied):
     ids = make_prompt(3, "image", 5, "image", "image", 4, image_tokens=tokens)
     same(logits(model, ids), logits(llava, ids))
 
-
-# ------------------------------------------------------------------------------------- gradients and the loss
 
 TOWERS = {
     "clip": {},
@@ -186,9 +178,6 @@ def test_loss_is_the_mean_over_answer_tokens_or_their_sum_over_a_given_count():
     same(model(input_ids=IDS, pixel_values=PIXELS, labels=labels, num_items_in_batch=torch.tensor(7)).loss, total / 7)
     shifted = torch.cat((labels[:, 1:], torch.tensor([[-100]])), dim=1)
     same(model(input_ids=IDS, pixel_values=PIXELS, labels=labels, shift_labels=shifted).loss, total / 4)
-
-
-# ------------------------------------------------------------------------------------------------- pictures
 
 
 def test_a_later_token_or_picture_never_changes_what_comes_before(model):
@@ -278,9 +267,6 @@ def test_input_ids_and_inputs_embeds_exclude_each_other(model):
         for given in ({}, {"input_ids": IDS, "inputs_embeds": torch.zeros(1, 24, 32)}):
             with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
                 part(**given)
-
-
-# --------------------------------------------------------------------------------------- batches and packing
 
 
 def test_packed_rows_are_as_alone(model):

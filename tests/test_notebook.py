@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, with a tiny setting and without a network."""
+"""Run the notebook from its first cell to its last, with tiny settings and without a network."""
 
 import os
 import shutil
@@ -7,7 +7,8 @@ import sys
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from tiny import ROOT
+
+from helpers.models import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "minivlm_colab.ipynb"
 

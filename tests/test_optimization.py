@@ -7,16 +7,18 @@ import pytest
 import torch
 from accelerate.utils import memory
 from safetensors.torch import load_file
-from test_training import TINY, losses, run
-from tiny import TEXT, VISION, make_model, make_pixels, make_processor, make_prompt
 
 import train_accelerate
-from batching_minivlm import PaddingCollator
-from data_minivlm import Encoder
-from optimization_minivlm import WeightAverage, build_optimizers, freeze, load_balance, part_of, schedule
-from options_minivlm import parse_args
-from reporting_minivlm import Work
-from scripts.plot import main as plot_main
+from helpers.models import TEXT, VISION, make_model, make_pixels, make_processor, make_prompt
+from helpers.training import TINY, losses, run
+from minivlm.commands.plot import main as plot_main
+from minivlm.data.collators import PaddingCollator
+from minivlm.data.encoder import Encoder
+from minivlm.model.parts import freeze, part_of
+from minivlm.training.flops import FlopCounter
+from minivlm.training.losses import load_balance
+from minivlm.training.optimizers import WeightAverage, build_optimizers, schedule
+from minivlm.training.options import parse_args
 
 
 def learning(model):
@@ -264,7 +266,7 @@ def test_flops_are_those_that_the_products_take():
         kind, flops = per_module
         attention += flops if any(word in str(kind) for word in ("attention", "bmm")) else 0
     counted = counter.get_total_flops() - attention
-    assert Work(model)(ids.numel(), 1, ids.numel()) == pytest.approx(counted, rel=0.1)
+    assert FlopCounter(model)(ids.numel(), 1, ids.numel()) == pytest.approx(counted, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import ENCODER, loss_of, row, write
-from test_training import TINY, losses
-from tiny import make_model
 
 import train_accelerate
-from batching_minivlm import GlobalBatchSampler, PackingCollator, Packs, by_weight, measure, pack
-from data_minivlm import TrainingRows
-from scripts.packing_efficiency import lengths
-from sources_minivlm import load_rows
+from helpers.data import ENCODER, loss_of, row, write
+from helpers.models import make_model
+from helpers.training import TINY, losses
+from minivlm.data.collators import PackingCollator
+from minivlm.data.dataset import TrainingRows
+from minivlm.data.loader import choose_rows, make_plan
+from minivlm.data.plans import GlobalBatchSampler, PackBudget, PackedPlan, draw_by_weight, measure, pack
+from minivlm.data.rows import load_rows
+from tools.packing_efficiency import lengths
 
 ROWS = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 4)), max_size=200)
 
@@ -24,7 +26,7 @@ ROWS = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 4)), max_size=200)
 @given(ROWS, st.integers(100, 300), st.integers(4, 9), st.integers(1, 40))
 @settings(max_examples=200, deadline=None)
 def test_every_row_is_in_one_pack_and_no_pack_is_over_a_budget(rows, max_tokens, max_pictures, look_ahead):
-    packs = list(pack([(i, *r) for i, r in enumerate(rows)], max_tokens, max_pictures, look_ahead))
+    packs = list(pack([(i, *r) for i, r in enumerate(rows)], PackBudget(max_tokens, max_pictures), look_ahead))
     assert sorted(i for keys in packs for i in keys) == list(range(len(rows)))
     for keys in packs:
         assert sum(rows[i][0] for i in keys) <= max_tokens and sum(rows[i][1] for i in keys) <= max_pictures
@@ -43,7 +45,7 @@ def test_a_row_waits_no_longer_than_the_look_ahead(rows, look_ahead):
             yield i, *r
 
     packed = 0
-    for keys in pack(stream(), 100, 4, look_ahead):
+    for keys in pack(stream(), PackBudget(100, 4), look_ahead):
         packed += len(keys)
         assert read - packed < look_ahead
 
@@ -51,7 +53,8 @@ def test_a_row_waits_no_longer_than_the_look_ahead(rows, look_ahead):
 def test_packs_leave_less_than_three_percent_empty():
     tokens, pictures = lengths(20_000, seed=1)
     for budget, least in ((2048, 0.97), (4096, 0.97), (8192, 0.97)):
-        filled = [sum(tokens[i] for i in keys) for keys in pack(zip(range(20_000), tokens, pictures), budget, budget)]
+        packs = pack(zip(range(20_000), tokens, pictures), PackBudget(budget, budget))
+        filled = [sum(tokens[i] for i in keys) for keys in packs]
         assert np.mean(filled) / budget > least, budget
 
 
@@ -59,12 +62,12 @@ def test_a_row_that_fits_into_no_pack_is_named():
     with pytest.raises(
         ValueError, match="Row 7 has 30 tokens and 5 pictures, more than a pack of 40 tokens and 4 pic"
     ):
-        list(pack([(7, 30, 5)], 40, 4))
+        list(pack([(7, 30, 5)], PackBudget(40, 4)))
 
 
 def steps_of(world_size, micro, steps, start=0):
     tokens, pictures = lengths(300, seed=3)
-    plan = Packs(tokens, pictures, 4, 1024, 8, seed=5)
+    plan = PackedPlan(tokens, pictures, 4, PackBudget(1024, 8), seed=5)
     ranks = [iter(GlobalBatchSampler(plan, micro, rank, world_size, start)) for rank in range(world_size)]
     accumulation = GlobalBatchSampler(plan, micro, 0, world_size).accumulation
     return [
@@ -105,7 +108,7 @@ def test_measured_lengths_are_those_that_training_sees(mixed, workers):
 
 def test_a_packed_batch_has_loss_and_gradients_of_its_rows_alone(mixed):
     rows = load_rows([mixed])
-    plan = Packs(*measure(rows, ENCODER, quiet=True), 1, 512, 8, seed=1)
+    plan = PackedPlan(*measure(rows, ENCODER, quiet=True), 1, PackBudget(512, 8), seed=1)
     data = TrainingRows(rows, ENCODER, packed=True)
     model = make_model(text={"vocab_size": 6400})
     for keys in plan.packs(0)[:3]:
@@ -118,8 +121,7 @@ def test_a_packed_batch_has_loss_and_gradients_of_its_rows_alone(mixed):
         for batches in ([[samples]], [[[s]] for s in samples]):
             model.zero_grad()
             for batch in batches:
-                batch = PackingCollator()(batch)
-                del batch["bad_rows"], batch["epoch"]
+                batch = {k: v for k, v in PackingCollator()(batch).items() if isinstance(v, torch.Tensor)}
                 loss = model(
                     **batch, labels=batch["shift_labels"], use_cache=False, num_items_in_batch=torch.tensor(answers)
                 ).loss
@@ -142,12 +144,12 @@ def test_training_on_packs_counts_bad_rows_and_resumes_exactly(mixed, tmp_path):
     assert losses(tmp_path) == whole[4:]
 
 
-@pytest.mark.parametrize(("weights", "counts"), [([1, 1], [50, 50]), ([3, 1], [75, 25]), ([1, 99], [1, 99])])
-def test_weights_are_the_shares_of_the_sources(weights, counts):
+@pytest.mark.parametrize(("mix", "counts"), [([1, 1], [50, 50]), ([3, 1], [75, 25]), ([1, 99], [1, 99])])
+def test_a_mix_is_the_shares_of_the_sources(mix, counts):
     """Ten rows of one source and ninety of another, repeated or sampled as evenly as can be, others each epoch."""
     sources = [0] * 10 + [1] * 90
-    orders = [by_weight(sources, weights, random.Random(seed)) for seed in range(2)]
-    assert orders[0] != orders[1] and orders[0] == by_weight(sources, weights, random.Random(0))
+    orders = [draw_by_weight(sources, mix, random.Random(seed)) for seed in range(2)]
+    assert orders[0] != orders[1] and orders[0] == draw_by_weight(sources, mix, random.Random(0))
     for order in orders:
         drawn = Counter(order)
         assert [sum(drawn[i] for i in range(100) if sources[i] == s) for s in (0, 1)] == counts
@@ -155,18 +157,18 @@ def test_weights_are_the_shares_of_the_sources(weights, counts):
             times = [drawn[i] for i in range(100) if sources[i] == source]
             assert max(times) - min(times) <= 1 and sum(times) == count
     with pytest.raises(ValueError, match="source 3 of --data has no rows left"):
-        by_weight(sources, [1, 1, 1], random.Random(0))
+        draw_by_weight(sources, [1, 1, 1], random.Random(0))
 
 
-def test_weights_reach_the_batches_of_training(tmp_path):
+def test_a_mix_reaches_the_batches_of_training(tmp_path):
     (tmp_path / "many").mkdir()
     few = write(tmp_path / "few.parquet", [row("few")] * 4)
     write(tmp_path / "many" / "a.parquet", [row("many")] * 20)
     write(tmp_path / "many" / "b.parquet", [row("many")] * 16)
     for packing in ("true", "false"):
-        options = ["--data", few, str(tmp_path / "many"), "--weights", "1", "1", "--batch_size", "1"]
+        options = ["--data", few, str(tmp_path / "many"), "--mix", "1", "1", "--batch_size", "1"]
         args = train_accelerate.parse_args([*options, "--packing", packing, "--pack_tokens", "1024", "--workers", "0"])
-        rows = train_accelerate.choose_rows(args)
-        plan = train_accelerate.make_plan(rows, ENCODER, args, quiet=True)
-        drawn = Counter(rows.source(index) for batch in plan.batches(0) for unit in batch for index in unit)
+        rows = choose_rows(args)
+        plan = make_plan(rows, ENCODER, args, quiet=True)
+        drawn = Counter(rows.source_number(index) for batch in plan.batches(0) for unit in batch for index in unit)
         assert drawn == {0: 20, 1: 20}

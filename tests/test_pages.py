@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ImageChops, ImageFont
-from test_data import png
-from tiny import ROOT
 
-import reporting_minivlm
-from reporting_minivlm import contact_sheet, font_for, fonts, has, wrap
-from scripts.pages import FONT, answers_page
-from scripts.subset_font import characters
+import minivlm.evaluation.contact_sheet as sheets
+from helpers.data import png
+from helpers.models import ROOT
+from minivlm.evaluation.contact_sheet import answers_page, contact_sheet, font_for, fonts, has, wrap
+from minivlm.resources import FONT
+from tools.subset_font import characters
 
 LONG = "蓝色背景上有五个东西，右上是鼓掌，左边是鼓掌，右边是野猪，下方是挥手，右下是鼓掌。" * 3
 
@@ -26,7 +26,7 @@ def item(question="这是什么？", answer="猫脸", language="zh") -> dict:
 @pytest.fixture
 def no_chinese_font(monkeypatch):
     """A machine that has no font with Chinese in it."""
-    monkeypatch.setattr(reporting_minivlm, "INSTALLED", ())
+    monkeypatch.setattr(sheets, "INSTALLED", ())
     fonts.cache_clear()
     yield
     fonts.cache_clear()
@@ -56,7 +56,7 @@ def test_chinese_is_drawn_and_not_boxes(no_chinese_font):
 def test_another_font_is_taken_for_what_ours_lacks(monkeypatch):
     other = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 14)
     own = ImageFont.truetype(FONT, 14)
-    monkeypatch.setattr(reporting_minivlm, "fonts", lambda size: [own, other])
+    monkeypatch.setattr(sheets, "fonts", lambda size: [own, other])
     assert font_for("猫 cat", 14) is own and font_for("Кот", 14) is other
     assert font_for("Кот 猫", 14) is own, "no font has both"
 

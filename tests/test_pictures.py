@@ -10,28 +10,19 @@ from collections import Counter
 
 import pytest
 from PIL import EpsImagePlugin, Image, PngImagePlugin
-from test_data import ENCODER, PROCESSOR
-from test_sources import tar
 
-import sources_minivlm
-from data_minivlm import MAX_PIXELS, BadRow, decode_image
-from sources_minivlm import PICTURE_SUFFIXES, load_rows
+from helpers.data import ENCODER, PROCESSOR
+from helpers.pictures import noise, resident, saved
+from helpers.sources import tar
+from minivlm.data.encoder import BadRow
+from minivlm.data.pictures import MAX_PIXELS, PICTURE_FORMATS, PICTURE_SUFFIXES, decode_image
+from minivlm.data.rows import Source, load_rows
 
 FORMATS = {"PNG": "RGBA", "JPEG": "RGB", "WEBP": "RGB", "GIF": "P", "BMP": "RGB", "TIFF": "L"}
 MESSAGES = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
 ]
-
-
-def saved(image, kind, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(rng, size) -> Image.Image:
-    return Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1]))
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -66,12 +57,6 @@ def fuzzed(rng) -> bytes:
     else:
         data = data + data
     return bytes(data)
-
-
-def resident() -> int:
-    """Memory of this process in bytes, of which the system says so."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * 4096
 
 
 def fuzz(count: int) -> Counter:
@@ -174,7 +159,7 @@ def test_other_formats_are_refused_and_ghostscript_is_not_started(kind, ghostscr
             decode_image(picture)
     words = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
     with pytest.raises(BadRow, match="^unreadable picture: it is no PNG"):  # looked at, since it may be a placeholder
-        sources_minivlm.to_sample({"conversations": words, "image_bytes": data}, None, tmp_path, {})
+        Source(name="rows", root=tmp_path).sample({"conversations": words, "image_bytes": data})
     assert not ghostscript.exists()
     with Image.open(io.BytesIO(data)) as picture:  # Pillow by itself takes the file, and so would start it
         if kind == "EPS":
@@ -200,4 +185,4 @@ def test_every_suffix_of_a_shard_is_of_a_format_that_is_read(suffix, tmp_path):
 
 def test_the_formats_are_named_by_pillow():
     Image.init()
-    assert set(sources_minivlm.FORMATS) <= set(Image.OPEN), "Image.open raises KeyError for a format that it lacks"
+    assert set(PICTURE_FORMATS) <= set(Image.OPEN), "Image.open raises KeyError for a format that it lacks"

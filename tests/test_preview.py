@@ -3,10 +3,11 @@
 import html
 import re
 
-from test_data import png, row, write
+import pytest
 
-from scripts import preview
-from sources_minivlm import load_rows
+from helpers.data import png, row, write
+from minivlm.commands import preview
+from minivlm.data.rows import load_rows
 
 
 def test_the_preview_shows_what_training_sees(tmp_path, capsys):
@@ -35,3 +36,12 @@ def test_a_sample_is_drawn_and_the_longest_rows_are_cut_or_counted(tmp_path, cap
     preview.main([*options, "--too_long", "cut"])
     assert "cut at a turn      7" in capsys.readouterr().out and len(load_rows([source])) == 30
     assert (tmp_path / "p.html").read_text().count("<article>") == 2
+
+
+def test_the_preview_looks_at_the_rows_that_the_filters_leave(tmp_path, capsys):
+    rows = [row(seed=i) | {"task": "ab"[i % 2]} for i in range(6)]
+    options = [write(tmp_path / "a.parquet", rows), "--output", str(tmp_path / "p.html")]
+    preview.main([*options, "--filter", '{"task": ["a"]}'])
+    assert "rows               3 of 3" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="filter: no column 'tasks'. The data has conversations"):
+        preview.main([*options, "--filter", '{"tasks": ["a"]}'])

@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT, make_model, make_processor, same
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
+from helpers.models import ROOT, make_model, make_processor, same
 from processing_minivlm import MiniVLMProcessor, to_rgb
 
 IMAGE = "<|image_pad|>"
 RED, WHITE = (255, 0, 0), (255, 255, 255)
-
-
-# -------------------------------------------------------------------------------------------------- pictures
 
 
 def palette(transparent=False):
@@ -99,9 +96,6 @@ def test_pixel_values_are_those_of_the_rgb_picture(processor, picture):
         assert (processor.image_processor([given], return_tensors="pt").pixel_values - expected).abs().max() > 0.1
 
 
-# ---------------------------------------------------------------------------------------- pictures and text
-
-
 def test_each_marker_becomes_the_image_tokens_of_its_picture(processor, picture):
     texts = ["no picture", f"{IMAGE}one", f"a{IMAGE}b{IMAGE}{IMAGE}c"]
     pictures = [picture(i) for i in range(4)]
@@ -162,9 +156,6 @@ def test_serving_engines_are_told_the_true_number_of_tokens(processor, picture):
     assert processor._get_num_multimodal_tokens().num_image_tokens is None
 
 
-# ------------------------------------------------------------------------------------ chat template, end to end
-
-
 def conversation(*pictures, question="What is this?", answer=None):
     parts = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": question}]
     turns = [{"role": "user", "content": parts}]
@@ -207,9 +198,6 @@ def test_the_assistant_mask_survives_the_expansion_of_pictures(processor, pictur
     ids, mask = out["input_ids"][0], out["assistant_masks"][0]
     said = [token for token, assistant in zip(ids, mask, strict=True) if assistant]
     assert processor.decode(said) == "A cat.<|im_end|>Two dogs.<|im_end|>"
-
-
-# ------------------------------------------------------------------------------------------- save and load
 
 
 def test_save_and_load_round_trip(processor, picture, tmp_path):

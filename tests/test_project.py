@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 REMOTE = ("configuration_minivlm", "modeling_minivlm", "processing_minivlm")
@@ -29,13 +30,19 @@ def names(requirements):
     return {match.group().lower().replace("_", "-") for match in found if match}
 
 
-def imports(path):
-    """The top-level packages that a Python file imports anywhere, functions included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+def imports(path, inside=True):
+    """The top-level packages that a Python file imports, inside of functions too unless `inside` is False."""
+
+    def visit(node):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (alias.name.split(".")[0] for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                yield child.module.split(".")[0]
+            elif inside or not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield from visit(child)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def repository_files():
@@ -74,17 +81,27 @@ def test_version_stands_in_one_place():
 
 
 def test_every_import_is_declared():
-    """A module's needs are in install_requires; scripts and tests may also use the extras."""
+    """What is installed needs install_requires alone; an extra is imported in a function, by a tool or by a test."""
     base = names(CONFIG["options"]["install_requires"])
     extras = set().union(*(names(lines) for lines in CONFIG["options.extras_require"].values()))
-    ours = {*MODULES, "scripts", "tests", "conftest", "app", "gradio"}  # a Space brings gradio itself
+    ours = {
+        *MODULES,
+        "minivlm",
+        "tools",
+        "tests",
+        "helpers",
+        "conftest",
+        "app",
+        "gradio",
+    }  # a Space brings gradio itself
     missing = []
     for path in python_files():
-        allowed = base if path.stem in MODULES else base | extras
-        siblings = {other.stem for other in path.parent.glob("*.py")}
-        for package in set(imports(path)) - set(sys.stdlib_module_names) - ours - siblings:
-            if DISTRIBUTIONS.get(package, package).lower().replace("_", "-") not in allowed:
-                missing.append(f"{path.relative_to(ROOT)} imports {package}")
+        installed = path.stem in MODULES or path.is_relative_to(ROOT / "minivlm")
+        siblings = set() if installed else {other.stem for other in path.parent.glob("*.py")}
+        for inside, allowed in ((True, base | extras), (False, base if installed else base | extras)):
+            for package in set(imports(path, inside)) - set(sys.stdlib_module_names) - ours - siblings:
+                if DISTRIBUTIONS.get(package, package).lower().replace("_", "-") not in allowed:
+                    missing.append(f"{path.relative_to(ROOT)} imports {package}")
     assert not missing, missing
 
 
@@ -100,23 +117,41 @@ def test_every_requirement_is_pinned_on_every_python():
     assert newer <= older
 
 
+def test_other_files_name_the_same_versions():
+    """`version` stands in setup.cfg, ruff's in constraints.txt; these files cannot read them there."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    for key, name in (("version", "version"), ("license", "license"), ("url", "url")):
+        assert citation[key] == CONFIG["metadata"][name]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    [ruff] = [repository["rev"] for repository in hooks if repository["repo"].endswith("/ruff-pre-commit")]
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"ruff=={ruff.removeprefix('v')}" in pins
+
+
+def test_forms_for_issues_have_what_github_asks_for():
+    forms = [path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config"]
+    assert len(forms) == 2
+    for form in map(yaml.safe_load, (path.read_text(encoding="utf-8") for path in forms)):
+        assert {"name", "description", "body"} <= set(form)
+        fields = [field for field in form["body"] if field["type"] in ("input", "textarea")]
+        assert fields == form["body"] and all(field["attributes"]["label"] for field in fields)
+        assert len({field["id"] for field in fields}) == len(fields)
+
+
+def test_make_help_names_every_target():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.+)$", text, re.MULTILINE).group(1).split()
+    shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, env=outside_make(), capture_output=True, text=True)
+    assert not [name for name in targets if name != "help" and not re.search(rf"make {name}(:| )", shown.stdout)]
+    # Without a rule of its own `make` would take the name of a file for done.
+    rules = set(re.findall(r"^([a-z][\w-]*):", text, re.MULTILINE))
+    assert rules == set(targets)
+
+
 @pytest.mark.parametrize("name", REMOTE)
 def test_remote_file_imports_what_the_hub_loader_can_provide(name):
     allowed = {"torch", "transformers", "PIL", "huggingface_hub", *REMOTE, *sys.stdlib_module_names}
     assert not set(imports(ROOT / f"{name}.py")) - allowed
-
-
-def test_wheel_carries_every_module(tmp_path):
-    for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("setup.cfg", "pyproject.toml", "LICENSE"))]:
-        shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    (tmp_path / "README.md").touch()
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "."]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
-    with zipfile.ZipFile(next(tmp_path.glob("minivlm-*.whl"))) as wheel:
-        shipped = set(wheel.namelist())
-    assert {f"{module}.py" for module in MODULES} <= shipped
-    assert {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")} <= shipped
 
 
 # What is shipped
@@ -146,9 +181,9 @@ def test_style(command):
 
 def make_project(path, requires="", constraints=""):
     """A project in which `make` works as in this one, but that needs little or nothing."""
-    (path / "scripts").mkdir(parents=True)
+    (path / "tools").mkdir(parents=True)
     shutil.copy(ROOT / "Makefile", path)
-    shutil.copy(ROOT / "scripts" / "bootstrap.py", path / "scripts")
+    shutil.copy(ROOT / "tools" / "bootstrap.py", path / "tools")
     write_needs(path, requires, constraints)
     return path
 
@@ -197,7 +232,7 @@ def make(project, *arguments, **variables):
 
 def bootstrap(project, fake, *arguments):
     """Run bootstrap.py in a fresh interpreter after the statements of `fake`."""
-    script = str(project / "scripts" / "bootstrap.py")
+    script = str(project / "tools" / "bootstrap.py")
     code = (
         f"import runpy, shutil, sys\n{fake}\nsys.argv = [{script!r}, *{arguments!r}]\n"
         f"runpy.run_path({script!r}, run_name='__main__')"

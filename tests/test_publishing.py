@@ -1,4 +1,4 @@
-"""`--push_to_hub`: training leaves its model on a Hub, and on the disk when the Hub does not take it."""
+"""`--push_to_hub`: training uploads its model, and keeps it on the disk when the Hub refuses it."""
 
 import json
 import os
@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import HubServer
-from test_training import TINY
-from tiny import ROOT
+
+from helpers.hub_server import HubServer
+from helpers.models import ROOT
+from helpers.training import TINY
 
 TOKEN = "hf_" + "TestTokenThatMustNotShow"
 OPTIONS = ["--max_steps", "4", "--save_every", "2", "--push_every", "1", "--batch_size", "8", "--run_name", "try-1"]
@@ -57,7 +58,7 @@ def test_a_hub_that_refuses_costs_no_model(hub, data, tmp_path):
     done = train(hub, data, tmp_path / "run")
     assert done.returncode == 0 and json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
-    assert f"python -m scripts.release {tmp_path}/run/final --repo_id jinv2/minivlm" in done.stderr
+    assert f"minivlm publish {tmp_path}/run/final --repo_id jinv2/minivlm" in done.stderr
     assert_no_token(done, tmp_path)
 
 

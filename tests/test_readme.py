@@ -1,4 +1,4 @@
-"""What the READMEs show is what happens: every snippet and every command runs, and prints what stands below it."""
+"""Run every block of the documents and compare what it prints; check paths, options and results that they name."""
 
 import hashlib
 import json
@@ -8,30 +8,52 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 
 import pytest
-from tiny import ROOT
+
+from helpers.models import ROOT
+from minivlm.data.options import DataArgs
+from minivlm.model.options import ModelArgs
+from minivlm.training.learning_options import TrainingArgs
+from minivlm.training.options import TrainArgs
+from minivlm.training.run_options import RunArgs
 
 READMES = ("README.md", "README_zh.md")
-# A command is run as it stands, cut short by these options; one that is not listed fails the test.
+# A command runs as it stands, with these options to make it short; a command that is not listed fails the test.
 SHORTER = {
-    "python -m scripts.evaluate": ["--limit", "12"],
+    "python -m minivlm evaluate": ["--limit", "12"],
     "python train_accelerate.py --recipe": ["--max_steps", "1", "--max_rows", "16"],
-    "python -m scripts.pretrain_tower": ["--minutes", "0.05", "--batch_size", "4"],
+    "python -m minivlm train-tower": ["--minutes", "0.05", "--batch_size", "4"],
     "accelerate launch": ["--max_steps", "1", "--max_rows", "64", "--batch_size", "2", "--eval_limit", "4"],
     "python train_accelerate.py --model": [],
-    "python -m scripts.preview": ["--rows", "20"],
-    "python -m scripts.convert": [],
+    "python -m minivlm preview": ["--rows", "20"],
+    "python -m minivlm convert": [],
+    "python -m minivlm plot": [],
 }
+BLOCK = re.compile(r"```(\w*)\n(.*?)```\n?", re.S)
+# Options in the documents that are not options of training: of pip, pytest, and of other commands.
+OTHER_OPTIONS = {"--debug", "--verify", "--out", "--help", "--minutes", "--repo_id", "--config_file"}
 
 
-def blocks(readme: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.S)
+def read(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(read(document)) if kind == language]
+
+
+def blocks_with_output(document: str) -> list[tuple[str, str, str]]:
+    """Return language, text and output of each block that a block of output follows at once."""
+    found = list(BLOCK.finditer(read(document)))
+    pairs = [(a, b) for a, b in zip(found, found[1:]) if not read(document)[a.end() : b.start()].strip()]
+    return [(a[1], a[2], b[2]) for a, b in pairs if a[1] in ("python", "bash") and b[1] == "text"]
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy, since the commands write into `runs/`."""
+    """Return a copy of the repository: the commands write into `runs/`."""
     folder = tmp_path_factory.mktemp("a clone") / "minivlm"
     ignored = shutil.ignore_patterns(
         ".git", ".venv*", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis"
@@ -43,44 +65,92 @@ def checkout(tmp_path_factory):
 def run(command: list[str], folder) -> str:
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    environment |= {"HF_DATASETS_CACHE": str(folder / "datasets"), "PYTHONIOENCODING": "utf-8"}
     environment |= {"TORCHDYNAMO_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
+    )
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_snippets_print_what_stands_below_them(readme, checkout):
-    ask, make_rows = blocks(readme, "python")
-    assert run([sys.executable, "-c", ask], checkout) == blocks(readme, "text")[0]
-    run([sys.executable, "-c", make_rows], checkout)
+def test_blocks_print_what_stands_below_them(readme, checkout):
+    shown = blocks_with_output(readme)
+    assert [language for language, _, _ in shown] == ["python", "bash", "python", "python"]
+    for language, text, output in shown:
+        command = [sys.executable, "-c", text] if language == "python" else shlex.split(text)
+        assert run(command, checkout) == output
+    [rest] = [text for text in blocks(readme, "python") if text not in [shown_text for _, shown_text, _ in shown]]
+    run([sys.executable, "-c", rest], checkout)
     assert (checkout / "runs" / "mine.parquet").is_file()
 
 
-def test_both_readmes_name_the_same_commands():
+def test_both_readmes_have_the_same_commands_and_chapters():
     assert blocks(READMES[0], "bash") == blocks(READMES[1], "bash")
+    levels = [re.findall(r"^#+(?= )", BLOCK.sub("", read(readme)), re.M) for readme in READMES]
+    assert levels[0] == levels[1]
 
 
-def test_commands_run(checkout):
-    run([sys.executable, "-c", blocks("README.md", "python")[1]], checkout)
-    commands = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
+@pytest.mark.parametrize("document", ["README.md", "TRAINING.md"])
+def test_commands_run(document, checkout):
+    for text in blocks(document, "python"):
+        if "mine.parquet" in text:
+            run([sys.executable, "-c", text], checkout)
+    commands = [line for block in blocks(document, "bash") for line in block.splitlines()]
+    assert commands
     for line in commands:
         if line.startswith("make "):  # test_project.py runs make; this test runs under `make test`
             assert line in ("make demo", "make test")
-            continue
-        start = next((start for start in SHORTER if line.startswith(start)), None)
-        assert start, f"{line!r} stands in README.md but no test runs it"
-        run([*shlex.split(line), *SHORTER[start]], checkout)
-    assert (checkout / "runs" / "mine" / "final" / "model.safetensors").is_file()
+        elif line != "python -m minivlm":  # the test above runs this one
+            start = next((start for start in SHORTER if line.startswith(start)), None)
+            assert start, f"{line!r} stands in {document} but no test runs it"
+            run([*shlex.split(line), *SHORTER[start]], checkout)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_tree_names_what_is_there(readme):
+    """Every path of the tree exists, and every folder of the repository and of the package is in the tree."""
+    [tree] = [text for text in blocks(readme, "text") if "train_accelerate.py " in text]
+    named, parent = set(), ""
+    for line in tree.splitlines():
+        name, inside = line.split()[0], line.startswith(" ")
+        parent = parent if inside else name
+        named.add(parent + name if inside else name)
+        assert (ROOT / (parent + name if inside else name)).exists(), line
+    for folder, prefix in ((ROOT, ""), (ROOT / "minivlm", "minivlm/")):
+        for path in folder.iterdir():
+            ours = path.is_dir() and path.name not in ("runs", "build", "dist") and path.name[0] not in "._"
+            if ours and not path.name.endswith(".egg-info"):
+                assert f"{prefix}{path.name}/" in named, f"{readme}: the tree lacks {path.name}/"
+
+
+@pytest.mark.parametrize("document", [*READMES, "TRAINING.md", "PERFORMANCE.md"])
+def test_options_that_the_documents_name_exist(document):
+    known = {f"--{field.name}" for field in fields(TrainArgs)} | OTHER_OPTIONS
+    assert set(re.findall(r"--[a-z]\w+", read(document))) <= known | {"--minimind_v"}
+
+
+def test_the_tables_of_options_are_those_of_the_help():
+    """TRAINING.md lists the options of each group of `--help` in its order, with the defaults."""
+    for group in (ModelArgs, DataArgs, TrainingArgs, RunArgs):
+        chapter = re.search(rf"^### {group._argument_group_name}\n(.*?)^#", read("TRAINING.md"), re.M | re.S | re.I)[1]
+        expected = []
+        for field in fields(group):
+            value = field.default if field.default_factory is MISSING else " ".join(field.default_factory())
+            shown = "" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value).lower()
+            expected.append((field.name, shown))
+        listed = re.findall(r"^\| `--(\w+)` \|(.*?)\|", chapter, re.M)
+        assert [(name, default.strip(" `")) for name, default in listed] == expected
 
 
 def test_results_are_those_of_the_released_weights():
-    """The table is what `scripts.evaluate . --json data/results.json` found for the weights of the root."""
-    results = json.loads((ROOT / "data" / "results.json").read_text(encoding="utf-8"))
+    """The table is what `minivlm evaluate . --json data/results.json` found for the weights of the root."""
+    results = json.loads(read("data/results.json"))
     weights = hashlib.sha256((ROOT / "model.safetensors").read_bytes()).hexdigest()
-    assert results["weights_sha256"] == weights, "new weights: run scripts.evaluate with --json data/results.json"
+    assert results["weights_sha256"] == weights, "new weights: python -m minivlm evaluate . --json data/results.json"
     for readme in READMES:
-        text = (ROOT / readme).read_text(encoding="utf-8")
+        text = read(readme)
         ranked = {f"{task}, likeliest of four": languages for task, languages in results["ranked"].items()}
         for task, languages in (results["tasks"] | ranked).items():
             for language, cell in languages.items():

@@ -1,4 +1,4 @@
-"""Every recipe is parsed and its model built on the meta device; Accelerate reads every launch configuration."""
+"""Parse every recipe and build its model on the meta device; read every launch configuration with Accelerate."""
 
 import os
 import signal
@@ -9,10 +9,7 @@ import time
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from families import plain_tokenizer
 from PIL import Image
-from test_training import TINY, losses, run
-from tiny import ROOT, TEXT, VISION, make_prompt
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,23 +21,27 @@ from transformers import (
 )
 
 import train_accelerate
-from backbones_minivlm import build
 from configuration_minivlm import MiniVLMConfig
+from helpers.families import plain_tokenizer
+from helpers.models import ROOT, TEXT, VISION, make_model, make_prompt
+from helpers.training import TINY, losses, run
+from minivlm.model.backbones import build
+from minivlm.model.parts import freeze
+from minivlm.resources import RECIPES, recipe_names
+from minivlm.training.options import parse_args
 from modeling_minivlm import MiniVLMForConditionalGeneration
-from optimization_minivlm import freeze
-from options_minivlm import parse_args, recipe_names
 
 # Millions of parameters as published: besides the tower, or in all.
 PUBLISHED = {
-    "minimind2_v_small.yaml": ("rest", 26),
-    "minimind_3v_pretrain.yaml": ("rest", 65),
-    "minimind_3v_moe.yaml": ("rest", 200),
-    "nanovlm_222m.yaml": ("all", 222),
+    "minimind2_v_small": ("rest", 26),
+    "minimind_3v_pretrain": ("rest", 65),
+    "minimind_3v_moe": ("rest", 200),
+    "nanovlm_222m": ("all", 222),
 }
 
 
 def parsed(name):
-    return parse_args(["--recipe", str(ROOT / "recipes" / name)])
+    return parse_args(["--recipe", str(RECIPES / f"{name}.yaml")])
 
 
 def on_meta(args):
@@ -50,6 +51,8 @@ def on_meta(args):
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_builds_its_model(recipe):
+    text = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
+    assert "# Run:" in text and "# Result:" in text
     args = parsed(recipe)
     if args.model:  # the released one, or what another recipe leaves
         left = {f"{parsed(name).output_dir}/final" for name in recipe_names() if name != recipe}
@@ -61,12 +64,10 @@ def test_every_recipe_builds_its_model(recipe):
     total = sum(p.numel() for p in model.parameters())
     kind, millions = PUBLISHED.get(recipe, ("all", 7.3))
     assert (total - (tower if kind == "rest" else 0)) / 1e6 == pytest.approx(millions, rel=0.02)
-    text = (ROOT / "recipes" / recipe).read_text(encoding="utf-8")
-    assert "# Run:" in text and "# Result:" in text
 
 
 def test_a_mixture_of_experts_works_with_a_third_of_its_weights():
-    args = parsed("minimind_3v_moe.yaml")
+    args = parsed("minimind_3v_moe")
     model = on_meta(args)
     rest = sum(p.numel() for name, p in model.named_parameters() if "vision_tower" not in name)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
@@ -74,7 +75,7 @@ def test_a_mixture_of_experts_works_with_a_third_of_its_weights():
 
 
 def test_image_tokens_are_those_published():
-    tokens = {"minimind2_v_small.yaml": 196, "minimind_3v_pretrain.yaml": 64, "nanovlm_222m.yaml": 49}
+    tokens = {"minimind2_v_small": 196, "minimind_3v_pretrain": 64, "nanovlm_222m": 49}
     for recipe, count in tokens.items():
         assert MiniVLMConfig(**parsed(recipe).model_config).image_seq_length == count
 
@@ -86,7 +87,7 @@ def test_every_launch_configuration_is_read(name):
 
 
 def test_accelerate_launch_trains_on_a_folder_of_pictures(tmp_path):
-    """The recipe for one's own pictures, through the launcher and a configuration of ours."""
+    """Run the recipe for your own pictures through the launcher, with a launch configuration of this repository."""
     folder = tmp_path / "my_pictures"
     folder.mkdir()
     lines = []
@@ -103,11 +104,8 @@ def test_accelerate_launch_trains_on_a_folder_of_pictures(tmp_path):
     assert (tmp_path / "run" / "recipe.yaml").is_file()
 
 
-# ------------------------------------------------------------------------------------- trained parts from elsewhere
-
-
 def save_decoder(folder, family, tokenizer):
-    """A tiny decoder of another family; its tokenizer knows none of our special tokens."""
+    """Save and return a tiny decoder of another family; its tokenizer has none of our special tokens."""
     torch.manual_seed(3)
     sizes = {
         key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -143,7 +141,7 @@ def test_a_decoder_of_another_family_is_taken_over_and_learns(data, tmp_path, fa
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_the_tower_of_a_model_with_two_encoders_is_taken_over(data, tmp_path, family):
-    """As CLIP and SigLIP are published: a text encoder beside the eyes."""
+    """Load a tower out of a model that also has a text encoder, as CLIP and SigLIP are published."""
     torch.manual_seed(1)
     vision = {key: value for key, value in VISION.items() if key != "model_type"}
     classes = {"clip": (CLIPConfig, CLIPModel), "siglip": (SiglipConfig, SiglipModel)}[family]
@@ -167,10 +165,21 @@ def test_a_recipe_that_is_untrue_about_what_it_loads_is_refused(data, tmp_path):
         run(data, tmp_path / "run", "--model_config", config, "--vision_model", str(tmp_path / "tower"))
 
 
+def test_a_recipe_may_name_a_config_json_beside_the_tower_that_it_describes(tmp_path):
+    """Build as recipes/emoji.yaml does: the whole config.json of a model, and a tower of the same sizes."""
+    model = make_model(text={"vocab_size": 6400})
+    model.save_pretrained(tmp_path / "model")
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    options = ["--model_config", str(tmp_path / "model" / "config.json"), "--vision_model", str(tmp_path / "tower")]
+    built, _ = build(parse_args(options))
+    for name, weight in model.model.vision_tower.state_dict().items():
+        assert torch.equal(built.model.vision_tower.state_dict()[name], weight), name
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
 @pytest.mark.parametrize("signalled", [True, False])
 def test_the_slurm_job_is_queued_again_only_if_its_time_was_up(tmp_path, signalled):
-    """With `srun` and `scontrol` played by scripts: what the job asks of them, and when."""
+    """Replace `srun` and `scontrol` by small programs that note what the job asks of them, and when."""
     tools = {
         "scontrol": f'#!/bin/bash\necho "$@" >> "{tmp_path}/asked"\n[ "$1" != show ] || printf "node-a\\nnode-b\\n"',
         "srun": f'#!/bin/bash\ntrap "echo saved >> {tmp_path}/asked; exit 143" TERM\n'

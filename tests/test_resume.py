@@ -10,14 +10,14 @@ import time
 
 import psutil
 import pytest
-from test_data import row, write
-from test_training import TINY, losses, run
-from tiny import ROOT
 
-from checkpoints_minivlm import STOPPED, newest_checkpoint
+from helpers.data import row, write
+from helpers.models import ROOT
+from helpers.training import TINY, losses, run
+from minivlm.training.checkpoints import STOPPED, newest_checkpoint
 
 STEPS = 6
-KEPT = ("loss", "grad_norm", "rows", "lr")
+KEPT = ("loss", "grad_norm", "row_checksum", "lr")
 
 
 def command(data, folder, ranks, *options):
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path, ranks, workers, streaming, packi
     assert [entry["step"] for entry in resumed] == list(range(1, STEPS + 1))
     for one, other in zip(whole, resumed):
         assert {key: one[key] for key in KEPT} == {key: other[key] for key in KEPT}
-    assert len({entry["rows"] for entry in whole}) == STEPS  # the digest tells steps apart
+    assert len({entry["row_checksum"] for entry in whole}) == STEPS  # the checksum tells steps apart
 
 
 def test_a_stopped_run_saves_says_so_and_goes_on(data, tmp_path):
@@ -145,7 +145,7 @@ def test_files_that_cannot_be_written_are_reported(data, tmp_path):
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
-    assert process.stdout.count("warning: no checkpoint at step") == 2 and process.returncode == 1
+    assert process.stdout.count("warning: no checkpoint at step") == 2 and process.returncode == 2
     assert "The finished model could not be written" in process.stderr and "Make room" in process.stderr
     assert not list((tmp_path / "run").glob("checkpoint-*")) and len(log(tmp_path / "run")) == STEPS
 
@@ -190,4 +190,4 @@ def test_the_number_of_ranks_can_change(data, tmp_path):
     )
     assert "1 -> 2 process(es)" in second.stdout
     assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    assert [e["rows"] for e in log(tmp_path / "changed")] == [e["rows"] for e in log(tmp_path / "one")]
+    assert [e["row_checksum"] for e in log(tmp_path / "changed")] == [e["row_checksum"] for e in log(tmp_path / "one")]

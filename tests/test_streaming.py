@@ -8,17 +8,18 @@ import sys
 from itertools import islice
 
 import pytest
-from test_data import ENCODER, row, write
-from test_pictures import noise, resident, saved
-from test_sources import each_schema, make_cauldron, make_llava, make_trl, make_webdataset, run
-from test_training import TINY, losses
-from tiny import ROOT
 from torch.utils.data import DataLoader
 
 import train_accelerate
-from batching_minivlm import PackingCollator, PaddingCollator
-from sources_minivlm import load_rows, load_streams
-from streaming_minivlm import StreamedBatches
+from helpers.data import ENCODER, row, write
+from helpers.models import ROOT
+from helpers.pictures import noise, resident, saved
+from helpers.sources import each_schema, make_cauldron, make_llava, make_trl, make_webdataset, run
+from helpers.training import TINY, losses
+from minivlm.data.collators import PackingCollator, PaddingCollator
+from minivlm.data.options import DataArgs
+from minivlm.data.rows import load_rows, load_streams
+from minivlm.data.streaming import StreamedBatches
 
 STREAMING = ("--streaming", "true", "--max_steps", "2")
 
@@ -47,16 +48,21 @@ def sources(tmp_path):
     return [write(tmp_path / "a.parquet", rows), make_llava(tmp_path)[0], make_webdataset(tmp_path)[0]]
 
 
+def of(size, **options) -> DataArgs:
+    """Options of batches of so many rows, which one rank takes at once."""
+    return DataArgs(batch_size=size, micro_batch_size=size, **options)
+
+
 def batches(sources, count, packed=False, workers=0, **options):
     """`count` global batches of four, joined over the ranks: (epoch, tokens, pixels) of each."""
-    world_size = options.pop("world_size", 1)
+    world_size, start_step = options.pop("world_size", 1), options.pop("start_step", 0)
+    args = DataArgs(
+        batch_size=4, micro_batch_size=1, seed=3, packing=packed, pack_tokens=300, pack_pictures=5, **options
+    )
     collate = PackingCollator(ENCODER.blank()) if packed else PaddingCollator(0, ENCODER.blank())
     ranks = []
     for rank in range(world_size):
-        stream = StreamedBatches(
-            load_streams(sources), ENCODER, collate, 4, 1, rank=rank, world_size=world_size, seed=3,
-            pack_budget=(300, 5) if packed else None, **options,
-        )  # fmt: skip
+        stream = StreamedBatches(load_streams(sources), ENCODER, collate, args, rank, world_size, start_step)
         loader = DataLoader(stream, batch_size=None, num_workers=workers)
         ranks.append(list(islice(loader, count * stream.accumulation)))
     joined = []
@@ -82,7 +88,7 @@ def test_a_batch_depends_on_seed_and_step_alone(sources, packed):
 
 
 def test_every_row_comes_once_an_epoch_and_every_bad_one_is_reported_once(sources):
-    stream = StreamedBatches(load_streams(sources), ENCODER, list, 4, 4)
+    stream = StreamedBatches(load_streams(sources), ENCODER, list, of(4))
     first, bad = [], []
     for batch in stream.batches():
         items = [item for unit in batch for item in unit]
@@ -98,24 +104,24 @@ def test_every_row_comes_once_an_epoch_and_every_bad_one_is_reported_once(source
 def test_bad_rows_behind_the_last_good_one_are_reported_too(tmp_path):
     rows = [row(f"{i}?", "answer") for i in range(3)] + [{**row("q", "a"), "conversations": "{"}] * 3
     streams = load_streams([write(tmp_path / "a.parquet", rows)])
-    items = list(islice(StreamedBatches(streams, ENCODER, list, 1, 1).items(), 30))  # ten epochs
+    items = list(islice(StreamedBatches(streams, ENCODER, list, of(1)).items(), 30))  # ten epochs
     assert 27 <= sum(len(item.bad_rows) for item in items) <= 30  # those at the end of the tenth come later
 
 
-def test_weights_say_how_often_a_source_is_drawn(tmp_path):
+def test_a_mix_says_how_often_a_source_is_drawn(tmp_path):
     paths = [write(tmp_path / f"{name}.parquet", [row(seed=i) for i in range(200)]) for name in "ab"]
-    stream = StreamedBatches(load_streams(paths), ENCODER, list, 4, 4, weights=[3.0, 1.0])
+    stream = StreamedBatches(load_streams(paths), ENCODER, list, of(4, mix=[3.0, 1.0]))
     drawn = [source.name == paths[0] for source, _, _ in islice(stream.mixed(0), 200)]
     assert 0.68 < sum(drawn) / 200 < 0.82
     assert len(list(stream.mixed(0))) == 400  # and none is left out
 
 
-def test_keep_chooses_rows_of_a_stream_and_none_left_is_an_error(tmp_path):
+def test_a_filter_chooses_rows_of_a_stream_and_none_left_is_an_error(tmp_path):
     path = write(tmp_path / "a.parquet", [row(seed=i) | {"task": "ab"[i % 2]} for i in range(8)])
-    kept = StreamedBatches(load_streams([path]), ENCODER, list, 2, 2, keep={"task": ["a"]})
+    kept = StreamedBatches(load_streams([path]), ENCODER, list, of(2, filter={"task": ["a"]}))
     assert {item.place.rpartition(" ")[2] for [item] in next(kept.batches())} <= {"0", "2", "4", "6"}
     with pytest.raises(ValueError, match="a.parquet: a whole epoch without a row to train on"):
-        next(StreamedBatches(load_streams([path]), ENCODER, list, 2, 2, keep={"task": ["c"]}).batches())
+        next(StreamedBatches(load_streams([path]), ENCODER, list, of(2, filter={"task": ["c"]})).batches())
 
 
 @pytest.mark.parametrize(
@@ -123,9 +129,9 @@ def test_keep_chooses_rows_of_a_stream_and_none_left_is_an_error(tmp_path):
     [
         (["--streaming", "true"], "Give --max_steps or --max_minutes"),
         ([*STREAMING, "--share_pictures", "2"], "does not go with --share_pictures"),
-        (["--weights", "1", "2"], "give a positive number for each of 1 --data sources"),
+        (["--mix", "1", "2"], "give a positive number for each of 1 --data sources"),
         (
-            [*STREAMING, "--data", "a", "b", "--weights", "1", "0"],
+            [*STREAMING, "--data", "a", "b", "--mix", "1", "0"],
             "give a positive number for each of 2 --data sources",
         ),
     ],
@@ -141,7 +147,7 @@ def test_memory_stays_flat_over_three_epochs(tmp_path):
     rng = random.Random(0)
     rows = [{**row(f"{i}?", "answer"), "image_bytes": saved(noise(rng, (96, 96)), "PNG")} for i in range(4000)]
     source, rows = write(tmp_path / "a.parquet", rows), None
-    order = StreamedBatches(load_streams([source]), ENCODER, PaddingCollator(0), 16, 16)
+    order = StreamedBatches(load_streams([source]), ENCODER, PaddingCollator(0), of(16))
     held = []
     for batch in order:
         if batch["epoch"] > len(held):

@@ -10,16 +10,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_convert import fails
-from test_exports import SIGLIP, save
-from tiny import ROOT, make_pixels, make_prompt, same
 from transformers import AutoProcessor
 
-from data_minivlm import decode_image
-from scripts.convert.__main__ import main
-from scripts.convert.to_onnx import VisionEncoder, compare, generate
-from scripts.convert.transformers_js import save_settings
-from scripts.evaluate import load_trained
+from helpers.convert import fails
+from helpers.models import ROOT, SIGLIP, make_pixels, make_prompt, same, save
+from minivlm.commands.convert import main
+from minivlm.convert.onnx_generate import generate
+from minivlm.convert.onnx_graphs import VisionEncoder
+from minivlm.convert.to_onnx import compare
+from minivlm.convert.transformers_js import save_settings
+from minivlm.data.pictures import decode_image
+from minivlm.model.loading import load_trained
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -149,7 +150,7 @@ def test_what_transformers_js_cannot_load_is_said_and_runs_in_onnxruntime(tmp_pa
     save(tmp_path / "ours", projector_layer_norm=True)
     main(["to_onnx", str(tmp_path / "ours"), "--out", str(tmp_path / "out"), "--verify"])
     said = [line for line in capsys.readouterr().out.splitlines() if "transformers.js" in line]
-    assert len(said) == 1 and "will not load it" in said[0] and "projector_layer_norm=True" in said[0]
+    assert len(said) == 1 and "cannot load it" in said[0] and "projector_layer_norm=True" in said[0]
     assert read(tmp_path / "out" / "config.json")["model_type"] == "minivlm"
     assert not (tmp_path / "out" / "preprocessor_config.json").exists()
 

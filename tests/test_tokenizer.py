@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
 from processing_minivlm import MiniVLMProcessor
-from scripts.train_tokenizer import (
+from tools.train_tokenizer import (
     ALPHABET,
     BYTE_OF,
     SPECIAL,
@@ -96,7 +96,7 @@ def user(content) -> list[dict]:
 
 
 def spoken(messages, **options) -> list[str]:
-    """What the assistant mask covers, one string per stretch."""
+    """Return the texts that the assistant mask covers, one string per stretch."""
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)
     stretches, previous = [], 0
     for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
@@ -108,7 +108,7 @@ def spoken(messages, **options) -> list[str]:
     return [tokenizer.decode(stretch) for stretch in stretches]
 
 
-# ---- vocabulary
+# The vocabulary
 
 
 def test_named_tokens_have_the_ids_of_minimind():
@@ -156,7 +156,7 @@ def test_every_digit_is_a_token_of_its_own():
 
 
 def test_no_token_holds_a_character_and_a_part_of_another():
-    """Streaming never shows a garbled character, and data_minivlm may take a shielding character out of the ids."""
+    """Streaming then never shows a garbled character, and the encoder can remove a separator that it put in a text."""
     named = set(SPECIAL + VISIBLE)
     assert not [token for token in tokenizer.get_vocab() if token not in named and splits_a_character(token)]
     assert splits_a_character("".join(c for byte in "中".encode() + b"\xe4" for c, b in BYTE_OF.items() if b == byte))
@@ -169,7 +169,7 @@ def test_cost_against_minimind(kind):
     assert cost <= LIMIT * minimind, f"{cost} tokens, MiniMind {minimind}"
 
 
-# ---- files
+# The files
 
 
 def test_one_copy_of_the_template_serves_tokenizer_and_processor(tmp_path):
@@ -196,7 +196,7 @@ def test_the_files_load_without_a_warning(tmp_path, caplog, recwarn):
     assert not caplog.records and not recwarn.list
 
 
-# ---- template
+# The chat template
 
 
 def test_mask_is_what_the_assistant_says_and_its_end():
@@ -311,7 +311,7 @@ def test_what_cannot_be_rendered_is_named(messages, named):
         render(messages)
 
 
-# ---- training
+# Training
 
 CORPUS = ["the cat sat on the mat.", "the dog sat on the cat.", "这是一只猫。", "这是一只狗。", "那是一只猫。"] * 3
 
@@ -328,7 +328,7 @@ def test_training_is_deterministic_and_ignores_the_order_of_texts():
 
 
 def test_merges_are_those_of_byte_pair_encoding():
-    """aaabdaaabac: the example of Gage (1994) and of every introduction to BPE."""
+    """The example of Gage (1994), aaabdaaabac."""
     merges = learn_merges(Counter({"aaabdaaabac": 1}), set(), 3, min_support=1)
     assert [left + right for left, right in merges] == ["aa", "ab", "aaab"]
 
@@ -352,7 +352,7 @@ def test_too_little_text_is_an_error():
 
 
 def test_the_file_is_plain_byte_level_bpe():
-    """No normalizer and no post-processor: what `tokenizers` alone reads is the same tokenizer."""
+    """It has no normalizer and no post-processor: the library `tokenizers` alone reads the same tokenizer."""
     plain = Tokenizer.from_file(str(ROOT / "tokenizer.json"))
     assert plain.normalizer is None and plain.post_processor is None
     assert plain.encode("A cat. 一只猫。").ids == tokenizer("A cat. 一只猫。").input_ids

@@ -9,41 +9,24 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from test_data import row, write
-from tiny import ROOT, TEXT, VISION, make_model, make_pixels, make_processor, make_prompt
 from transformers import AutoConfig, AutoModel
 
 import train_accelerate
-from backbones_minivlm import build
-from checkpoints_minivlm import State, newest_checkpoint
-from data_minivlm import decode_image
-from optimization_minivlm import build_optimizers, check_gradients, freeze, schedule
-from options_minivlm import parse_args
-from reporting_minivlm import minutes_left
-from scripts import demo
-from scripts.evaluate import evaluate, load_trained, normalise, option_scores, prompts, wilson
-
-CONFIG = json.dumps({"vision_config": VISION, "text_config": TEXT | {"vocab_size": 6400}, "vision_feature_layer": -1})
-TINY = [
-    "--model_config",
-    CONFIG,
-    "--tokenizer",
-    str(ROOT),
-    "--mixed_precision",
-    "no",
-    "--workers",
-    "0",
-    "--log_every",
-    "1",
-]
-
-
-def losses(folder, figure="loss"):
-    return [json.loads(line)[figure] for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def run(data, folder, *options):
-    return train_accelerate.main([*TINY, "--data", data, "--output_dir", str(folder), "--batch_size", "8", *options])
+from helpers.data import row, write
+from helpers.models import ROOT, VISION, make_model, make_pixels, make_processor, make_prompt
+from helpers.training import CONFIG, TINY, losses, run
+from minivlm.data.pictures import decode_image
+from minivlm.evaluation.scoring import evaluate, normalise, prompts, wilson
+from minivlm.inference import option_scores
+from minivlm.model.backbones import build
+from minivlm.model.loading import load_trained
+from minivlm.model.parts import check_gradients, freeze
+from minivlm.training.checkpoints import newest_checkpoint
+from minivlm.training.optimizers import build_optimizers, schedule
+from minivlm.training.options import parse_args
+from minivlm.training.reporting import minutes_left
+from minivlm.training.state import State
+from tools import demo
 
 
 def test_training_learns_saves_and_evaluates(data, tmp_path, capsys):
@@ -65,6 +48,7 @@ def test_training_learns_saves_and_evaluates(data, tmp_path, capsys):
         "AutoModel",
         "AutoModelForCausalLM",
         "AutoModelForImageTextToText",
+        "AutoModelForMultimodalLM",
         "AutoProcessor",
     }
     assert all((final / f"{reference.split('.')[0]}.py").is_file() for reference in auto_map.values())
@@ -116,7 +100,7 @@ def test_a_part_without_gradient_stops_training():
     freeze(model, ["vision", "projector", "text"])
     ids = torch.arange(20, 30)[None]
     model(input_ids=ids, labels=ids).loss.backward()  # no picture: the tower gets nothing
-    with pytest.raises(RuntimeError, match=r"should learn have no gradient \(model.vision_tower"):
+    with pytest.raises(RuntimeError, match=r"should train have no gradient \(model.vision_tower"):
         check_gradients(model)
 
 
@@ -195,7 +179,7 @@ def test_a_misspelt_recipe_key_is_refused(tmp_path, capsys, text, message):
     [
         (["--train", "decoder"], "--train decoder: no such part. Parts are vision, projector, lm_head, text"),
         (["--optimizer", "sgd"], "Use adamw or muon"),
-        (["--recipe", "recipes/absent.yaml"], "no such recipe"),
+        (["--recipe", "recipes/absent.yaml"], "no such file or recipe"),
         (["--packing", "true", "--share_pictures", "4"], "exclude each other"),
         (["--batch_size", "0"], "must be 1 or more, --micro"),
     ],

@@ -8,8 +8,8 @@ import json
 
 import pytest
 import torch
-from tiny import ROOT, make_model, make_pixels, make_prompt, same
 
+from helpers.models import ROOT, make_model, make_pixels, make_prompt, same
 from modeling_minivlm import MiniVLMForConditionalGeneration
 
 IDS, PIXELS = make_prompt(3, "image", 5, "image", 2), make_pixels(2)

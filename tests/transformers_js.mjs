@@ -1,5 +1,6 @@
-// Answer questions about pictures with transformers.js, greedily, from a folder alone: no network.
-// node transformers_js.mjs FOLDER QUESTIONS, a JSON file of {"picture": path or null, "text": ...}; prints the answers' token ids.
+// Answer questions about pictures greedily with transformers.js, from a local folder and without a network.
+// node transformers_js.mjs FOLDER QUESTIONS
+// QUESTIONS is a JSON file with a list of {"picture": path or null, "text": ...}. The token ids of the answers are printed.
 import { readFileSync } from "node:fs";
 import { basename, dirname } from "node:path";
 import { AutoModelForImageTextToText, AutoProcessor, env, load_image } from "@huggingface/transformers";

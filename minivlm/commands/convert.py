@@ -1,0 +1,155 @@
+"""Join trained parts to a new model, or move a model in and out of MiniVLM.
+
+    minivlm convert build --vision_model TOWER --text_model DECODER --out runs/new
+    minivlm convert from_minimind out/sft_vlm_768.pth --tokenizer model --vision_model TOWER --out runs/mine
+    minivlm convert to_llava runs/mine --out runs/llava --verify
+
+--out names a new folder: it is complete once it is there, and absent if anything failed. CONVERTING.md explains each
+command; `minivlm convert COMMAND --help` shows its options and an example.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from minivlm.cli import Parser
+from minivlm.convert.files import check_free
+from minivlm.convert.from_minimind import from_minimind
+from minivlm.convert.join import join
+from minivlm.convert.llava import to_causal_lm, to_llava
+from minivlm.convert.to_minimind import to_minimind
+from minivlm.convert.to_onnx import to_onnx
+from minivlm.model.options import ModelArgs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BUILD = """Join a trained vision tower and a trained decoder into a new model, ready to train.
+
+    minivlm convert build --vision_model google/siglip2-base-patch32-256 \\
+        --text_model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/new
+
+The projector between them gets random weights: train it first, by `minivlm train --model runs/new --train projector`.
+"""
+FROM_MINIMIND = """Read MiniMind-V's or MiniMind's weights: .pth, .bin, .safetensors, or a folder of transformers.
+
+    minivlm convert from_minimind out/sft_vlm_768.pth --tokenizer model \\
+        --vision_model google/siglip2-base-patch32-256 --out runs/minimind_3v --verify
+    minivlm convert from_minimind out/full_sft_768.pth --tokenizer model --out runs/minimind_3
+
+MiniMind-V becomes a MiniVLM. MiniMind becomes a decoder of transformers' own class.
+"""
+EXPORTS = {  # command -> function(source, out, verify), and its help
+    "to_minimind": (
+        to_minimind,
+        """Write the files that MiniMind-V's own code loads. It reverses from_minimind, bit for bit.
+
+    minivlm convert to_minimind runs/minimind_3v/final --out runs/there --verify
+""",
+    ),
+    "to_llava": (
+        to_llava,
+        """Write a LlavaForConditionalGeneration, which other engines load without remote code.
+
+    minivlm convert to_llava runs/train/final --out runs/llava --verify
+""",
+    ),
+    "to_causal_lm": (
+        to_causal_lm,
+        """Write the decoder alone, ours as Qwen3ForCausalLM; llama.cpp's converter starts from it.
+
+    minivlm convert to_causal_lm runs/train/final --out runs/decoder --verify
+""",
+    ),
+    "to_onnx": (
+        to_onnx,
+        """Write ONNX graphs for onnxruntime and transformers.js: tower with projector, embeddings, decoder with cache.
+
+    minivlm convert to_onnx runs/train/final --out runs/onnx --verify
+""",
+    ),
+}
+
+
+def add_command(commands, name: str, doc: str) -> Parser:
+    """Add the parser of a command, with the option that all of them have; the first line of `doc` is its summary."""
+    parser = commands.add_parser(name, doc=doc, help=doc.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="New folder for the result.")
+    return parser
+
+
+def add_verify(parser: Parser) -> None:
+    """Add the option of all commands that can compare the result with its source."""
+    parser.add_argument("--verify", action="store_true", help="Also compare logits; keep nothing if they differ.")
+
+
+def add_build(commands) -> None:
+    """Add the options of `build`."""
+    parser = add_command(commands, "build", BUILD)
+    parser.add_argument("--vision_model", required=True, help="Folder or Hub id of the vision tower.")
+    parser.add_argument("--text_model", required=True, help="Folder or Hub id of a causal language model.")
+    parser.add_argument("--tokenizer", help="Folder or Hub id of the tokenizer. Default: that of text_model.")
+    parser.add_argument(
+        "--model_config", type=read_mapping, default={}, metavar="JSON", help="Other fields of MiniVLMConfig."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the projector's weights. Default: 0.")
+
+
+def add_from_minimind(commands) -> None:
+    """Add the options of `from_minimind`."""
+    parser = add_command(commands, "from_minimind", FROM_MINIMIND)
+    parser.add_argument("source", help="File or folder to read.")
+    parser.add_argument("--tokenizer", help="Folder of MiniMind's tokenizer, if the source is a file.")
+    parser.add_argument(
+        "--vision_model", help="Folder or Hub id of the vision tower, which MiniMind-V's files do not hold."
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="Data type of the result. Default: that of the source.")
+    add_verify(parser)
+
+
+def add_export(commands, name: str, doc: str) -> None:
+    """Add the options of a command that reads a MiniVLM."""
+    parser = add_command(commands, name, doc)
+    parser.add_argument("source", help="Folder or Hub id of a MiniVLM.")
+    add_verify(parser)
+
+
+def read_mapping(text: str) -> dict:
+    """Return a JSON object of the command line as a dictionary."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a mapping. Write it as {{"pixel_shuffle_factor": 2}}.')
+    return value
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Return `command`, the name of the conversion, and its options."""
+    parser = Parser(__doc__, prog="minivlm convert")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_build(commands)
+    add_from_minimind(commands)
+    for name, (_, doc) in EXPORTS.items():
+        add_export(commands, name, doc)
+    return parser.parse_args(argv)
+
+
+def convert(args: argparse.Namespace) -> list[str]:
+    """Run the conversion; return lines about what was done."""
+    if args.command == "build":
+        parts = {name: getattr(args, name) for name in ("vision_model", "text_model", "tokenizer", "model_config")}
+        return join(ModelArgs(**parts), args.out, args.seed)
+    if args.command == "from_minimind":
+        options = {"tokenizer": args.tokenizer, "vision_model": args.vision_model, "dtype": DTYPES.get(args.dtype)}
+        return from_minimind(args.source, args.out, **options, verify=args.verify)
+    function, _ = EXPORTS[args.command]
+    return function(args.source, args.out, args.verify)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Convert a model, and print what was done."""
+    args = parse_args(argv)
+    check_free(args.out)  # before anything is loaded
+    print("\n".join([*convert(args), f"written to {args.out}"]))

@@ -1,0 +1,1 @@
+"""Convert models from and to other formats; `minivlm convert --help` lists the conversions."""

@@ -1,0 +1,103 @@
+"""Set up the device: precision and processes, compiled blocks, the largest micro-batch that fits."""
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import ProjectConfiguration, find_executable_batch_size
+
+from minivlm.data.encoder import Encoder
+from minivlm.training.options import TrainArgs
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def make_accelerator(args: TrainArgs) -> Accelerator:
+    """Return the Accelerator of this process in the precision that was asked for.
+
+    Raises:
+        ValueError: an option does not work with weights that are cut into shards.
+    """
+    precision = args.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if supports_bf16(PartialState(cpu=args.device == "cpu").device) else "no"
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+        precision = "no"
+    accelerator = Accelerator(
+        cpu=args.device == "cpu",
+        mixed_precision=precision,
+        log_with=args.trackers or None,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=args.output_dir),
+    )
+    sharded = accelerator.distributed_type in SHARDED
+    if sharded and (args.optimizer != "adamw" or args.ema or args.eval_every or args.push_every or args.compile):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} cuts the weights into shards: use --optimizer adamw without --ema, "
+            "--eval_every, --push_every or --compile (eval_data is still answered at the end), or a DDP configuration."
+        )
+    if plugin := accelerator.state.deepspeed_plugin:  # it would read these from the loader, which it is not given
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = max(1, args.micro_batch_size)
+        plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1  # the loss is divided by answer tokens already
+    return accelerator
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Return whether the device has instructions for bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return (
+        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def compile_blocks(model: torch.nn.Module, device: torch.device) -> None:
+    """Compile each block by itself: equal blocks share the compiled code, so start-up stays short.
+
+    Where compilation fails (no C++ compiler, no Python headers, a path with spaces) print why, and leave the model.
+    """
+    try:
+        torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # inductor raises several classes for a missing compiler or header
+        reason = " ".join(str(error).split("\n", 2)[:2])
+        remedy = "On Debian: apt install g++ python3-dev"
+        if " " in torch.__file__:  # inductor does not quote the path of PyTorch's headers
+            remedy = f"PyTorch lies in a path with spaces, {torch.__file__}: use another one"
+        print(f"Not compiled, training will be slower: {reason}. {remedy}.")
+        return
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            for block in module:
+                block.compile(dynamic=True)  # batches differ in length; compiled once for all of them
+
+
+def longest_row(encoder: Encoder, max_length: int) -> dict:
+    """Return a row of `max_length` tokens with one picture, as the collators take it."""
+    blank = encoder.blank()
+    rest = torch.full((max(0, max_length - len(blank["input_ids"])),), encoder.processor.tokenizer.pad_token_id)
+    ids = torch.cat([blank["input_ids"], rest])
+    row = {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(len(ids))}
+    return {**blank, **row, "branch": torch.zeros_like(ids)}
+
+
+def largest_micro_batch(model, encoder: Encoder, collate, args: TrainArgs, accelerator: Accelerator) -> int:
+    """Return how many of the longest rows go forward and backward in this device's memory; the same on all ranks."""
+    row = longest_row(encoder, args.max_length)
+    length = len(row["input_ids"])
+    model.to(accelerator.device).train()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    @find_executable_batch_size(starting_batch_size=-(-args.batch_size // accelerator.num_processes))
+    def attempt(count: int) -> int:
+        held = torch.empty(2 * trainable, device=accelerator.device)  # room for the optimizer's two moments
+        batch = collate([[row] * max(1, args.pack_tokens // length)] * count if args.packing else [row] * count)
+        tensors = {k: v.to(accelerator.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        with accelerator.autocast():
+            model(**tensors, labels=tensors["shift_labels"], use_cache=False).loss.backward()
+        del held
+        return count
+
+    found = torch.tensor(attempt(), device=accelerator.device)
+    model.zero_grad(set_to_none=True)
+    least = int(accelerator.gather(found).min())
+    accelerator.print(f"micro-batches of {least}: the most rows of {length} tokens that fit into memory")
+    return least

@@ -1,0 +1,42 @@
+"""Count the floating-point operations of a step, and know the peak of a GPU."""
+
+import torch
+
+from minivlm.model.parts import part_of
+
+# Dense bf16 and fp16 FLOP/s by the makers' data sheets; MFU (arXiv 2204.02311, appendix B) is a share of them.
+PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
+PEAK |= {"4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}
+
+
+class FlopCounter:
+    """FLOPs of a step's products with weights, forward and backward; the attention scores are left out, as in 6 N.
+
+    A weight costs 2 FLOPs per token it meets, 2 more if its own gradient is wanted, and 2 more if something before it
+    learns, to which a gradient must pass through it.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.cost, passed = dict.fromkeys(("picture", "answer", "token"), 0), False
+        embedding, tower = model.get_input_embeddings().weight, model.model.vision_tower
+        patches = model.config.patch_grid[0] * model.config.patch_grid[1]
+        embeddings = {id(p) for name, p in tower.named_parameters() if "embedding" in name}
+        for name, parameter in model.named_parameters():
+            part = part_of(name)
+            flops = 2 * parameter.numel() * (1 + passed + parameter.requires_grad)
+            passed = passed or parameter.requires_grad
+            if parameter.ndim < 2 or parameter is embedding or id(parameter) in embeddings:
+                continue
+            if part == "vision":
+                self.cost["picture"] += flops * patches
+            elif part == "projector":
+                self.cost["picture"] += flops * model.config.image_seq_length
+            else:
+                self.cost["answer" if part == "lm_head" else "token"] += flops
+        if (
+            model.get_output_embeddings().weight is embedding
+        ):  # shared: counted once among the parameters, skipped above
+            self.cost["answer"] += 2 * embedding.numel() * (1 + passed + embedding.requires_grad)
+
+    def __call__(self, tokens: int, pictures: int, answers: int) -> int:
+        return self.cost["token"] * tokens + self.cost["picture"] * pictures + self.cost["answer"] * answers

@@ -1,1 +1,0 @@
-"""Conversions from and to other formats: `python -m scripts.convert --help`."""
