@@ -12,10 +12,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -68,7 +66,7 @@ class Run:
     adapter: torch.nn.Module | None  # PEFT's model around ours
     average: WeightAverage | None
     eval_rows: Rows | None
-    push: Callable[[str], None] | None  # uploads the weights of this moment in the background
+    uploads: BackgroundPush | None  # of the main process, if the model is published
 
     @property
     def progress(self) -> float:
@@ -89,9 +87,9 @@ def main(argv: list[str] | None = None) -> Path:
     rows = read_rows(args)
     eval_rows = load_rows(args.eval_data) if args.eval_data else None
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    accelerator, uploads = make_accelerator(args), BackgroundPush()
+    accelerator = make_accelerator(args)
     set_seed(args.seed)
-    run = build_run(args, accelerator, rows, eval_rows, uploads)
+    run = build_run(args, accelerator, rows, eval_rows)
     stopped = train(run)
     run.reporter.close()
     if stopped:
@@ -108,7 +106,6 @@ def main(argv: list[str] | None = None) -> Path:
     run = dataclasses.replace(run, model=plain, optimizers=[], batches=None)
     accelerator.free_memory()
     if accelerator.is_main_process:
-        uploads.finish()
         finish(run, state_dict)
     accelerator.end_training()
     return Path(args.output_dir) / "final"
@@ -123,7 +120,7 @@ def read_rows(args: TrainArgs) -> Rows | list[StreamSource]:
     return rows
 
 
-def build_run(args: TrainArgs, accelerator: Accelerator, rows, eval_rows: Rows | None, uploads) -> Run:
+def build_run(args: TrainArgs, accelerator: Accelerator, rows, eval_rows: Rows | None) -> Run:
     """Build model, data and optimizers by the options, and load the checkpoint to go on from."""
     model, processor = build(args)
     adapter = prepare_model(model, args, accelerator)
@@ -150,11 +147,11 @@ def build_run(args: TrainArgs, accelerator: Accelerator, rows, eval_rows: Rows |
         write_run(args, accelerator, state, {}, finished=False)
         keep_recipe(args)
     reporter = Reporter(accelerator, args, state, max_steps, model)
-    pushes = args.push_to_hub and accelerator.is_main_process
-    push = partial(push_latest, args, (prepared, tower, average, accelerator), processor, uploads) if pushes else None
+    uploads = BackgroundPush() if args.push_to_hub and accelerator.is_main_process else None
     return Run(
-        args, accelerator, prepared, processor, optimizers, batches, state, max_steps, reporter, tower, adapter,
-        average, eval_rows, push,
+        args=args, accelerator=accelerator, model=prepared, processor=processor, optimizers=optimizers,
+        batches=batches, state=state, max_steps=max_steps, reporter=reporter, tower=tower, adapter=adapter,
+        average=average, eval_rows=eval_rows, uploads=uploads,
     )  # fmt: skip
 
 
@@ -207,8 +204,8 @@ def train(run: Run) -> str | None:
                     break
             if state.step % args.save_every == 0 and state.step < run.max_steps:
                 save_checkpoint(accelerator, args.output_dir, state)
-                if run.push and args.push_every and state.step // args.save_every % args.push_every == 0:
-                    run.push(f"step {state.step}")
+                if run.uploads and args.push_every and state.step // args.save_every % args.push_every == 0:
+                    push_latest(run, f"step {state.step}")
         if args.eval_every and evaluated != state.step:
             evaluate_and_keep(run)
     return None
@@ -304,7 +301,7 @@ def evaluate_and_keep(run: Run) -> bool:
     args, accelerator = run.args, run.accelerator
     rows = run.eval_rows.select(range(min(args.eval_limit, len(run.eval_rows))))
     stop = False
-    with finished_model(run.model, run.tower, run.average, accelerator) as model:
+    with finished_model(run) as model:
         metrics = score_on_all_ranks(model, run.processor, rows, accelerator)
         run.reporter.evaluation(metrics, sample_sheet(rows, run.processor, metrics, args.samples))
         if args.keep_best:
@@ -319,32 +316,35 @@ def evaluate_and_keep(run: Run) -> bool:
 
 
 @contextmanager
-def finished_model(prepared, tower: torch.nn.Module, average: WeightAverage | None, accelerator: Accelerator):
+def finished_model(run: Run):
     """Yield the model as it would be saved now: with averaged weights, and the tower instead of cached features."""
-    model = accelerator.unwrap_model(prepared)
-    cached, model.model.vision_tower = model.model.vision_tower, tower
-    if average:
-        average.swap()
+    model = run.accelerator.unwrap_model(run.model)
+    cached, model.model.vision_tower = model.model.vision_tower, run.tower
+    if run.average:
+        run.average.swap()
     try:
         yield model
     finally:
-        if average:
-            average.swap()
+        if run.average:
+            run.average.swap()
         model.model.vision_tower = cached
 
 
-def push_latest(args: TrainArgs, parts: tuple, processor, uploads: BackgroundPush, message: str) -> None:
+def push_latest(run: Run, message: str) -> None:
     """Save the weights of this moment as latest/ and upload them in the background."""
+    args = run.args
     latest = Path(args.output_dir) / "latest"
-    with finished_model(*parts) as model:
-        save_model(model, processor, latest)
+    with finished_model(run) as model:
+        save_model(model, run.processor, latest)
     message = f"{run_name(args)}: {message}"
-    uploads.submit(latest, args.push_to_hub, private=args.hub_private, message=message)
+    run.uploads.submit(latest, args.push_to_hub, private=args.hub_private, message=message)
 
 
 def finish(run: Run, state_dict: dict | None) -> None:
     """Save the model, score what was saved, leave record and plot of the run, and publish if that was asked for."""
     args, state, output = run.args, run.state, Path(run.args.output_dir)
+    if run.uploads:
+        run.uploads.finish()
     final = save_final(run, state_dict)
     metrics = {}
     if run.eval_rows is not None:
