@@ -1,17 +1,20 @@
-"""Train a small model from nothing, let it name pictures in a style that it never saw: `make demo`.
+"""Train a small model from nothing and let it name pictures in a style that it was not trained on: `make demo`.
 
-Under five minutes of training on two CPU cores (a GPU is used when there is one): first the vision tower learns to
-tell 96 things apart, then the whole model learns to speak about them. Then the answers stand beside the truth in the
+    python -m tools.demo
+    python -m tools.demo --minutes 10 --seed 1
+
+It trains for less than five minutes on two CPU cores, or on a GPU if there is one. First the vision tower learns to tell
+96 things apart, then the decoder learns to answer questions about them. Each answer is shown beside the truth: in the
 terminal, in runs/demo/contact_sheet.png and, for a browser, in contact_sheet.html beside it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 import train_accelerate
+from minivlm.cli import Parser, run_command
 from minivlm.commands import train_tower
 from minivlm.data.rows import filter_rows, load_rows
 from minivlm.evaluation.contact_sheet import answers_page, contact_sheet
@@ -26,7 +29,7 @@ SHOWN = {"choice": 8, "name": 6, "yes_no": 4, "category": 2}  # questions of eac
 
 
 def pick(rows, shown: dict[str, int]):
-    """The first rows of each task; the file is shuffled, so they are a fair sample."""
+    """Return the first rows of each task; the file is shuffled, so they are a fair sample."""
     left, chosen = dict(shown), []
     for index, task in enumerate(rows["task"]):
         if left.get(task, 0):
@@ -36,20 +39,23 @@ def pick(rows, shown: dict[str, int]):
 
 
 def show(model_path: Path, output_dir: Path) -> None:
-    """Print and draw answers for pictures of the held-out style, then the scores on all its rows of them."""
+    """Print and draw answers about pictures of the held-out style, then print the scores of all its rows."""
     model, processor = load_trained(model_path)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = filter_rows(load_rows([TEST_DATA]), parse_train_args(["--recipe", RECIPE]).filter)
     sample = pick(rows, SHOWN)
     items = prompts(sample, processor)
     outputs = answer(model, processor, items)
-    print("\nPictures of a style that it never saw:\n")
+    print("\nPictures of a style that it was not trained on:\n")
     for item, output in zip(items, outputs):
         mark = "right" if normalise(output) == normalise(item["answer"]) else "wrong"
         print(f"  {mark}  {item['question']}\n         truth: {item['answer']}    model: {output}")
     sheet = output_dir / "contact_sheet.png"
     contact_sheet(items, outputs).save(sheet)
-    write_page(sheet.with_suffix(".html"), answers_page("Pictures of a style that it never saw", items, outputs))
+    write_page(
+        sheet.with_suffix(".html"),
+        answers_page("Pictures of a style that the model was not trained on", items, outputs),
+    )
     print_table(evaluate(model, processor, rows))
     print(
         f"""
@@ -70,7 +76,8 @@ Load the model that you just trained:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
+    """Train the tower, then the model, then show what it answers."""
+    parser = Parser(__doc__, prog="python -m tools.demo")
     parser.add_argument("--minutes", type=float, default=4.6, help="Training time in all; half of it for the tower.")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/demo"), help="Folder for model and contact sheet."
@@ -91,4 +98,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

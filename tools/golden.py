@@ -7,13 +7,14 @@ A change of the model, the data path or the optimizers that is not meant to chan
 are, up to 1e-3; `tests/test_golden.py` compares. Renew them when a change is wanted, and say in its commit why.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from minivlm.cli import Parser, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -55,9 +56,8 @@ def write(name: str, metrics: dict[str, list[float]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.golden", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Train the runs and print their losses."""
+    parser = Parser(__doc__, prog="python -m tools.golden")
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"Runs to train. Default: {', '.join(RUNS)}.")
     parser.add_argument("--renew", action="store_true", help="Write the losses to tests/golden/.")
     args = parser.parse_args(argv)
@@ -76,4 +76,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))
