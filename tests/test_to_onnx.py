@@ -49,6 +49,12 @@ PROMPTS = {
 }
 
 
+def test_an_export_names_no_path_of_this_machine(exported):
+    _, folder = exported
+    here = str(ROOT).encode()
+    assert not [path for path in folder.rglob("*") if path.is_file() and here in path.read_bytes()]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_graphs_give_the_same_logits_and_answers(prompt, exported):

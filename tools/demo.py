@@ -3,7 +3,7 @@
     python -m tools.demo
     python -m tools.demo --minutes 10 --seed 1
 
-It trains for less than five minutes on two CPU cores, or on a GPU if there is one. First the vision tower learns to tell
+It trains for less than five minutes on two CPU cores, or on a GPU if there is one. First the tower learns to tell
 96 things apart, then the decoder learns to answer questions about them. Each answer is shown beside the truth: in the
 terminal, in runs/demo/contact_sheet.png and, for a browser, in contact_sheet.html beside it.
 """

@@ -174,14 +174,15 @@ def trace(graph: Graph, path: Path) -> None:
     weights = sum(p.numel() * p.element_size() for p in graph.module.parameters())
     with warnings.catch_warnings():  # torch warns about its own code, and about axes that have one size
         warnings.simplefilter("ignore")
-        torch.onnx.export(
+        program = torch.onnx.export(
             graph.module.eval(),
             kwargs=graph.inputs,
-            f=path,
             input_names=graph.input_names,
             output_names=graph.output_names,
             dynamic_shapes=graph.axes,
             dynamo=True,
-            external_data=weights > LARGEST_FILE,
             verbose=False,
         )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with paths of this machine
+    program.save(path, external_data=weights > LARGEST_FILE)

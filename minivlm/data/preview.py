@@ -43,7 +43,7 @@ class Findings:
     pictures: list[int] = field(default_factory=list)  # per row
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width and height of each picture in pixels
     answers: list[int] = field(default_factory=list)  # tokens of each answer, the end token included
-    scripts: Counter = field(default_factory=Counter)  # answers by script
+    writing: Counter = field(default_factory=Counter)  # answers by script
     cut: int = 0  # rows that were shortened
     bad_rows: Counter = field(default_factory=Counter)
     first_bad: dict[str, str] = field(default_factory=dict)  # kind of bad row -> place and reason of the first
@@ -61,7 +61,7 @@ class Findings:
         for carries_loss, run in groupby(example.labels, key=lambda label: label != IGNORE):
             self.answers += [sum(1 for _ in run)] * carries_loss
         answers = (m for m in messages if m["role"] == "assistant")
-        self.scripts.update(script(part["text"]) for m in answers for part in m["content"])
+        self.writing.update(script(part["text"]) for m in answers for part in m["content"])
 
 
 def script(text: str) -> str:
@@ -116,14 +116,14 @@ def describe(found: Findings, total: int, budget: PackBudget) -> str:
         lines += [describe_bad_rows(found.bad_rows), *(f"    {first[:200]}" for first in found.first_bad.values())]
     if found.cut:
         lines.append(f"{CUT:<19}{found.cut:,}")
-    count = max(1, found.scripts.total())
+    count = max(1, found.writing.total())
     lines += [
         f"tokens per row     {spread(found.tokens)}",
         f"tokens per answer  {spread(found.answers)}",
         f"pictures per row   {spread(found.pictures)}",
         f"picture widths     {spread([width for width, _ in found.sizes])}",
         f"picture heights    {spread([height for _, height in found.sizes])}",
-        "answers are in     " + ", ".join(f"{kind} {n / count:.1%}" for kind, n in found.scripts.most_common()),
+        "answers are in     " + ", ".join(f"{kind} {n / count:.1%}" for kind, n in found.writing.most_common()),
     ]
     sizes = enumerate(zip(found.tokens, found.pictures))
     fitting = [(i, t, p) for i, (t, p) in sizes if t <= budget.tokens and p <= budget.pictures]
