@@ -48,9 +48,10 @@ demo:
 	$(ENVIRONMENT)
 	@$(RUN) -m tools.demo $(ARGS)
 
+# One test file per core at a time, four at most: most tests use one thread.
 test:
 	$(ENVIRONMENT) --extras test,data
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow:
 	$(ENVIRONMENT) --extras test,data

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the network tests the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two files of tests run side by side
 
 import pytest  # noqa: E402
 
@@ -80,15 +81,23 @@ def data(tmp_path):
     return write(tmp_path / "rows.parquet", rows)
 
 
-not_run = []
+not_run = []  # slow tests; with pytest-xdist each worker counts those that it left out
 
 
 def pytest_deselected(items):
-    not_run.extend(item for item in items if item.get_closest_marker("slow"))
+    not_run.extend(item.nodeid for item in items if item.get_closest_marker("slow"))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_run"] = not_run
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    not_run.extend(getattr(node, "workeroutput", {}).get("not_run", []))
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not_run:
-        terminalreporter.write_line(
-            f"Not run: {len(not_run)} slow tests. To run them: make test-slow (pytest -m slow)"
-        )
+    if count := len(set(not_run)):  # each worker collects all tests
+        terminalreporter.write_line(f"Not run: {count} slow tests. To run them: make test-slow (pytest -m slow)")

@@ -81,6 +81,11 @@ def test_a_wrapped_text_is_whole_and_no_line_is_too_long(text, width):
     assert (len(lines) > 2) == cut[-1].endswith("…")
 
 
+def test_an_answer_of_an_untrained_model_is_drawn_whatever_it_holds():
+    said = "a\nb\r\x1c\x1d\x1e\x85\u2029\u202e\ufffd" + "\x00\x7f"
+    assert contact_sheet([item()], [said]).getbbox()
+
+
 def test_lines_break_as_both_languages_do():
     font = ImageFont.truetype(FONT, 14)
     assert wrap("two words", font, 50, most=9) == ["two ", "words"]

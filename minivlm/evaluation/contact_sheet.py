@@ -22,7 +22,8 @@ def fonts(size: int) -> list[ImageFont.FreeTypeFont]:
     found = []
     for name in (FONT, *INSTALLED):
         try:
-            found.append(ImageFont.truetype(name, size))
+            # The other engine, raqm, fails on line breaks, which an untrained model writes.
+            found.append(ImageFont.truetype(name, size, layout_engine=ImageFont.Layout.BASIC))
         except OSError:
             continue
     return found or [ImageFont.load_default(size)]
