@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import MISSING, fields
+from functools import cache
 
 import pytest
 
@@ -74,15 +75,24 @@ def run(command: list[str], folder) -> str:
     return done.stdout
 
 
+@cache
+def run_block(language: str, code: str, folder) -> str:
+    """Run a block once, also if both READMEs have it; return what it prints."""
+    return run([sys.executable, "-c", code] if language == "python" else shlex.split(code), folder)
+
+
+def without_comments(code: str) -> str:
+    return re.sub("  # .*", "", code)
+
+
 @pytest.mark.parametrize("readme", READMES)
 def test_blocks_print_what_stands_below_them(readme, checkout):
     shown = blocks_with_output(readme)
     assert [language for language, _, _ in shown] == ["python", "bash", "python", "python"]
-    for language, text, output in shown:
-        command = [sys.executable, "-c", text] if language == "python" else shlex.split(text)
-        assert run(command, checkout) == output
-    [rest] = [text for text in blocks(readme, "python") if text not in [shown_text for _, shown_text, _ in shown]]
-    run([sys.executable, "-c", rest], checkout)
+    for language, code, output in shown:
+        assert run_block(language, without_comments(code), checkout) == output
+    [rest] = [code for code in blocks(readme, "python") if code not in [shown_code for _, shown_code, _ in shown]]
+    run_block("python", without_comments(rest), checkout)
     assert (checkout / "runs" / "mine.parquet").is_file()
 
 
@@ -92,19 +102,18 @@ def test_both_readmes_have_the_same_commands_and_chapters():
     assert levels[0] == levels[1]
 
 
-@pytest.mark.parametrize("document", ["README.md", "TRAINING.md"])
-def test_commands_run(document, checkout):
-    for text in blocks(document, "python"):
-        if "mine.parquet" in text:
-            run([sys.executable, "-c", text], checkout)
-    commands = [line for block in blocks(document, "bash") for line in block.splitlines()]
-    assert commands
-    for line in commands:
+def test_commands_run(checkout):
+    """Run each command of README.md and TRAINING.md once, in their order."""
+    [mine] = [code for code in blocks("README.md", "python") if "mine.parquet" in code]
+    run_block("python", without_comments(mine), checkout)
+    documents = ("README.md", "TRAINING.md")
+    commands = [line for name in documents for block in blocks(name, "bash") for line in block.splitlines()]
+    for line in dict.fromkeys(commands):
         if line.startswith("make "):  # test_project.py runs make; this test runs under `make test`
             assert line in ("make demo", "make test")
         elif line != "python -m minivlm":  # the test above runs this one
             start = next((start for start in SHORTER if line.startswith(start)), None)
-            assert start, f"{line!r} stands in {document} but no test runs it"
+            assert start, f"{line!r} stands in a document but no test runs it"
             run([*shlex.split(line), *SHORTER[start]], checkout)
 
 
