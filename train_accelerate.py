@@ -127,7 +127,7 @@ def build_run(args: TrainArgs, accelerator: Accelerator, rows, eval_rows: Rows |
     encoder = Encoder(processor, args.max_length, args.too_long)
     tower = model.model.vision_tower
     if args.feature_cache:
-        use_cached_features(args.feature_cache, model, encoder, rows, accelerator)
+        encoder = use_cached_features(args.feature_cache, model, encoder, rows, accelerator)
     collate = make_collator(model, encoder, args, tower)
     if not args.micro_batch_size:
         found = largest_micro_batch(model, encoder, collate, args, accelerator)

@@ -180,10 +180,11 @@ class FeatureCache:
         return number + 1
 
 
-def use_cached_features(folder: str, model, encoder: Encoder, rows: Rows, accelerator: Accelerator) -> None:
-    """Compute the features that are missing in `folder`; then encoder and model use them instead of the tower."""
+def use_cached_features(folder: str, model, encoder: Encoder, rows: Rows, accelerator: Accelerator) -> Encoder:
+    """Compute the features missing in `folder`, put them in the place of the tower, and return an encoder for them."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     cache = FeatureCache(folder, model, encoder, dtype)
     model.model.vision_tower.to(accelerator.device)
     cache.fill(rows, encoder, accelerator)
-    encoder.features, model.model.vision_tower = cache, CachedTower(dtype)
+    model.model.vision_tower = CachedTower(dtype)
+    return encoder.with_features(cache)

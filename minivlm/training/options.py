@@ -1,7 +1,7 @@
 """Parse the options of a training run: defaults < recipe < command line, checked before anything is loaded."""
 
 import sys
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -73,8 +73,7 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
             parser.set_defaults(**read_recipe(path))  # argparse converts the string that YAML makes of `1e-5`
         args = TrainArgs(**vars(parser.parse_args(argv)))
         warn_unused(args, read_recipe(path) if path else {})
-        args.recipe = str(path) if path else None
-        read_mappings(args)
+        args = replace(args, recipe=str(path) if path else None, **read_mappings(args))
         check_options(args)
     except ValueError as error:
         parser.error(str(error))
@@ -112,15 +111,16 @@ def warn_unused(args: TrainArgs, recipe: dict) -> None:
         print(f"warning: {names} not used: --model {args.model} has its own. Leave one of the two out.")
 
 
-def read_mappings(args: TrainArgs) -> None:
-    """Turn the options that are written as text on the command line into mappings."""
+def read_mappings(args: TrainArgs) -> dict[str, dict | None]:
+    """Return, as mappings, the options that are written as text on the command line."""
+    read = {}
     for name in ("model_config", "filter"):
         if isinstance(value := getattr(args, name), str):
             is_file = name == "model_config" and value.endswith(".json")
-            setattr(args, name, read_model_config(value) if is_file else read_mapping(name, value))
-    args.min_rating = read_pairs("min_rating", args.min_rating, "relevance=3")
-    args.learning_rates = read_pairs("learning_rates", args.learning_rates, "vision=1e-5")
-    args.lora = read_lora(args.lora) if args.lora else None
+            read[name] = read_model_config(value) if is_file else read_mapping(name, value)
+    read["min_rating"] = read_pairs("min_rating", args.min_rating, "relevance=3")
+    read["learning_rates"] = read_pairs("learning_rates", args.learning_rates, "vision=1e-5")
+    return read | {"lora": read_lora(args.lora) if args.lora else None}
 
 
 def read_mapping(name: str, text: str) -> dict:
