@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-VERSIONS ?= 5.19.0 newest
+VERSIONS ?= 5.19.0 5.23.0 newest
 
 # The environment is ours alone: nothing from the user's site-packages or PYTHONPATH is seen in it.
 export PYTHONNOUSERSITE := 1
@@ -27,7 +27,6 @@ help:
 	@echo "make test-slow  run the tests marked slow; they take minutes, and some need the network"
 	@echo "make test-versions  run the model's tests on the oldest and the newest transformers (VERSIONS='$(VERSIONS)')"
 	@echo "make test-all   run every test: test, test-slow and test-versions"
-	@echo "make test-versions  run the model's tests on the oldest and the newest transformers (VERSIONS='$(VERSIONS)')"
 	@echo "make style      check the style with ruff"
 	@echo "make format     let ruff repair the style"
 	@echo "make venv       make the environment and nothing else"

@@ -180,7 +180,7 @@ class MiniVLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def take_cache(self, kwargs, past_key_values):
-        """Return the cache, by whatever name it came; refuse keywords that all parts of the model would ignore."""
+        """Return the cache, under either name; refuse keywords that all parts of the model would ignore."""
         config = getattr(self.config, "text_config", self.config)
         past_key_values = kwargs.pop(CACHE, past_key_values)
         unknown = [name for name, value in kwargs.items() if value is not None and name not in KNOWN_KEYWORDS]
@@ -449,8 +449,8 @@ class MiniVLMForConditionalGeneration(MiniVLMPreTrainedModel, GenerationMixin):
 
         Args:
             pixel_values: all pictures of the batch in reading order, (N, 3, H, W).
-            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`. `generate` looks for
-                the name: with it, beams and returned sequences repeat the pictures row by row, not picture by picture.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`. With an
+                argument of this name `generate` repeats pictures row by row for beams, not picture by picture.
             logits_to_keep: compute logits for the last so many positions, or for the given indices; 0 is all. A mask
                 (B, T) keeps its K true positions, each row's own: `logits` are (1, K, vocabulary) in reading order. In
                 training only answers need the LM head, which is a fifth of a small decoder's work.

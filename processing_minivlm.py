@@ -57,7 +57,7 @@ class MiniVLMProcessor(ProcessorMixin):
         return _map_pictures(images, to_rgb), *rest
 
     def validate_inputs(self, images=None, text=None, **kwargs):
-        """Compare pictures and markers row by row; the base class compares sums, that of 5.19 nothing."""
+        """Compare pictures and markers row by row; the base class compares totals, that of 5.19 nothing."""
         super().validate_inputs(images=images, text=text, **kwargs)
         if images is None or text is None:
             return

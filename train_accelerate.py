@@ -2,8 +2,9 @@
 
     options -> data -> model -> loop of optimizer steps -> finished model, record, plot
 
-The result is a folder that `from_pretrained` loads; options, versions, metrics and checkpoints lie beside it. What the
-steps below call stands in `minivlm/`: `data/` makes batches, `model/` builds and freezes, `training/` does the rest.
+The result is a folder that `from_pretrained` loads; options, versions, metrics and checkpoints lie beside it. The
+functions that the steps call are in `minivlm/`: `data/` makes batches, `model/` builds and freezes, the rest is in
+`training/`.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from minivlm.evaluation.scoring import evaluate, print_table
 from minivlm.hub.background import BackgroundPush
 from minivlm.hub.publish import ReleaseError, publish
 from minivlm.model.backbones import build
-from minivlm.model.loading import check_sources, load_trained, save_model
+from minivlm.model.loading import check_names, load_trained, save_model
 from minivlm.model.lora import add_lora
 from minivlm.model.parts import check_gradients, freeze
 from minivlm.training.checkpoints import STOPPED, StopSignal, check_disk, resume, save_checkpoint
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Train by the options given; return the folder of the finished model."""
     args = parse_args(argv)
     # Data and names before the model: a wrong path should not cost a download.
-    check_sources(args)
+    check_names(args)
     rows = read_rows(args)
     eval_rows = load_rows(args.eval_data) if args.eval_data else None
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -227,8 +228,8 @@ def take_step(run: Run, group: list[dict], totals: dict[str, int], progress: flo
     warmup = args.warmup if args.warmup < 1 else args.warmup / run.max_steps
     factor = schedule(progress, warmup, args.schedule, args.final_learning_rate)
     for optimizer in run.optimizers:
-        for part in optimizer.param_groups:  # not accelerator.prepare(scheduler), which steps once per rank
-            part["lr"] = part["peak_lr"] * factor
+        for weights in optimizer.param_groups:  # not accelerator.prepare(scheduler), which steps once per rank
+            weights["lr"] = weights["peak_lr"] * factor
     loss_sum, imbalance = accumulate_gradients(run, group, totals["answers"])
     if check and accelerator.distributed_type not in SHARDED:
         check_gradients(accelerator.unwrap_model(run.model))

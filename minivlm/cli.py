@@ -22,7 +22,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser whose help keeps the line breaks of its description, and whose errors name the nearest option.
+    """Parse arguments; keep the line breaks of the help, and name the nearest option in an error.
 
     Args:
         doc: docstring of the command. Its first paragraph is the description, the rest is printed after the options.
@@ -34,6 +34,16 @@ class Parser(argparse.ArgumentParser):
             options["description"], _, options["epilog"] = doc.strip().partition("\n\n")
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
+        if options.get("add_help", True):
+            self.add_argument(
+                "--debug", action="store_true", default=argparse.SUPPRESS, help="Show the traceback of an error."
+            )
+        self.given: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse like argparse, and keep the arguments for an error message."""
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):
         """Parse like argparse; an argument that no option takes is an error that names the nearest option."""
@@ -43,7 +53,14 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def error(self, message: str):
-        """Print one line, without the usage of all options, and exit with code 2."""
+        """Print one line, without the usage of all options, and exit with code 2.
+
+        argparse reports a missing argument first; a misspelt option is the likelier mistake.
+        """
+        known = set(self.option_names())
+        unknown = [a for a in self.given if a.startswith("--") and a.partition("=")[0] not in known and a != "--"]
+        if unknown and "required" in message:
+            message = self.describe_unknown(unknown)
         self.exit(2, f"error: {message}\n")
 
     def describe_unknown(self, unknown: list[str]) -> str:
@@ -62,6 +79,13 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 for parser in action.choices.values():
                     yield from parser.option_names()
+
+
+def positive(text: str, least: int = 1) -> int:
+    """Return a whole number of `least` or more, as a type of `add_argument`."""
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, {least} or more.")
+    return int(text)
 
 
 def option(default, text: str, **metadata):

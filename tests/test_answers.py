@@ -18,7 +18,7 @@ from minivlm.model.loading import load_trained
 def questions():
     """24 conversations of the embedded test data, on pictures of their own, without the answers."""
     rows = load_rows([str(ROOT / "data" / "test.parquet")])
-    samples = [rows.adapt(i) for i in range(0, len(rows), len(rows) // 24)][:24]
+    samples = [rows.sample(i) for i in range(0, len(rows), len(rows) // 24)][:24]
     turns = []
     for sample in samples:
         pictures = iter(sample["images"])

@@ -11,7 +11,7 @@ from helpers.convert import fails, train_and_ask
 from helpers.families import DECODERS, SIZES, TOWERS
 from helpers.models import ROOT, make_pixels
 from minivlm.commands.convert import main, parse_args
-from minivlm.model.loading import check_sources, load_trained
+from minivlm.model.loading import check_names, load_trained
 from minivlm.training import options as training
 
 PAIRS = [(tower, "qwen3") for tower in TOWERS] + [("siglip_vision_model", decoder) for decoder in DECODERS][1:]
@@ -49,7 +49,7 @@ def test_what_cannot_be_joined_is_refused_before_anything_is_written(published, 
     out = tmp_path / "new"
     tower, decoder = str(published("clip_vision_model")), str(published("llama"))
     said = fails(["build", "--vision_model", "no/such", "--text_model", decoder, "--out", str(out)], out)
-    assert "--vision_model no/such: neither a folder" in said
+    assert "--vision_model no/such: no folder with a model" in said
     said = fails(["build", "--vision_model", decoder, "--text_model", decoder, "--out", str(out)], out)
     assert "it is not a vision transformer" in said
     said = fails(["build", "--vision_model", tower, "--text_model", tower, "--out", str(out)], out)
@@ -67,13 +67,13 @@ def test_a_model_needs_no_parts_of_a_new_one(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("vision_model: runs/tower-that-was-deleted\n", encoding="utf-8")
     options = ["--recipe", str(recipe), "--model", str(ROOT)]
-    check_sources(training.parse_args(options))
+    check_names(training.parse_args(options))
     assert capsys.readouterr().out == ""
-    check_sources(training.parse_args([*options, "--text_model", "no/such", "--vision_model", "another/tower"]))
+    check_names(training.parse_args([*options, "--text_model", "no/such", "--vision_model", "another/tower"]))
     said = "warning: --vision_model another/tower, --text_model no/such not used: --model "
     assert capsys.readouterr().out.startswith(said)
-    with pytest.raises(ValueError, match="--vision_model runs/tower-that-was-deleted: neither a folder"):
-        check_sources(training.parse_args(options[:2]))
+    with pytest.raises(ValueError, match="--vision_model runs/tower-that-was-deleted: no folder with a model"):
+        check_names(training.parse_args(options[:2]))
 
 
 def test_a_model_that_is_none_of_ours_is_refused(published, tmp_path, capsys):

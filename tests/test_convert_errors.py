@@ -93,7 +93,7 @@ def test_what_is_missing_or_in_the_way_is_named(parts, tmp_path):
         return [*good[:place], *instead, *good[place + 2 :]]
 
     assert "holds no vision tower" in fails(without("--vision_model"), out)
-    assert "neither a folder with a model" in fails(without("--vision_model", "--vision_model", "no/such"), out)
+    assert "no folder with a model" in fails(without("--vision_model", "--vision_model", "no/such"), out)
     assert "a file without a tokenizer" in fails(without("--tokenizer"), out)
     clip = str(parts["folder"] / "clip_vision_model")
     assert "was trained on 'siglip_vision_model'" in fails(without("--vision_model", "--vision_model", clip), out)
@@ -129,4 +129,4 @@ def test_what_minimind_v_cannot_express_is_not_written(tmp_path, parts):
     out = tmp_path / "out"
     said = fails(["to_minimind", str(ROOT), "--out", str(out)], out)
     assert "projector_layer_norm=False" in said and "not 'siglip_vision_model'" in said
-    assert "neither a folder" in fails(["to_minimind", str(tmp_path / "none"), "--out", str(out)], out)
+    assert "no folder with a model" in fails(["to_minimind", str(tmp_path / "none"), "--out", str(out)], out)

@@ -296,9 +296,9 @@ def test_wrong_options_name_value_limit_and_remedy(capsys, options, message):
 def test_a_gpu_that_is_not_there_is_said_at_once(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--device", "cuda"])
-    assert "PyTorch sees no GPU here" in capsys.readouterr().err
+    assert "PyTorch sees no GPU" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_exist_is_said_before_the_data_is_read(tmp_path):
-    with pytest.raises(ValueError, match="--vision_model nobody/nothing: neither a folder .* HF_ENDPOINT"):
+    with pytest.raises(ValueError, match="--vision_model nobody/nothing: no folder with a model.* HF_ENDPOINT"):
         train_accelerate.main([*TINY, "--vision_model", "nobody/nothing", "--output_dir", str(tmp_path)])

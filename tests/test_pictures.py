@@ -176,7 +176,7 @@ def test_every_suffix_of_a_shard_is_of_a_format_that_is_read(suffix, tmp_path):
     options = {"save_all": True, "append_images": [picture]} if suffix == "mpo" else {}
     data = saved(picture, Image.EXTENSION[f".{suffix}"], **options)
     shard = tar(tmp_path / "a.tar", {f"0.{suffix}": data, "0.txt": b"a red field"})
-    (image,) = load_rows([shard]).adapt(0)["images"]
+    (image,) = load_rows([shard]).sample(0)["images"]
     assert image == data
     decoded = decode_image(image)
     red, green, blue = decoded.getpixel((8, 4))

@@ -45,7 +45,7 @@ def encoded(image) -> bytes:
 def test_each_schema_gives_its_pictures_and_messages(make, tmp_path):
     source, expected = make(tmp_path)
     rows = load_rows([source])
-    samples = [rows.adapt(i) for i in range(len(rows))]
+    samples = [rows.sample(i) for i in range(len(rows))]
     assert [sample["messages"] for sample in samples] == [messages for _, messages in expected]
     pictures = [[encoded(image) for image in sample["images"]] for sample in samples]
     assert pictures == [[png(seed) for seed in seeds] for seeds, _ in expected]
@@ -56,7 +56,7 @@ def test_labels_of_each_schema_are_the_assistants_words(make, tmp_path):
     source, expected = make(tmp_path)
     rows = load_rows([source])
     for i, (seeds, messages) in enumerate(expected):
-        sample = ENCODER(rows.adapt(i))
+        sample = ENCODER(rows.sample(i))
         said = "".join(m["content"][0]["text"] + "<|im_end|>" for m in messages if m["role"] == "assistant")
         assert PROCESSOR.tokenizer.decode([t for t in sample["labels"] if t != IGNORE]) == said
         image_tokens = int((sample["input_ids"] == PROCESSOR.image_token_id).sum())
@@ -108,10 +108,10 @@ def test_schemas_are_mixed_in_one_run(tmp_path):
     makers = (make_minimind_v, make_llava, make_imagefolder, make_webdataset)
     sources = [make(tmp_path)[0] for make in makers]
     rows, alone = load_rows(sources), [load_rows([source]) for source in sources]
-    together = [rows.adapt(i) for i in range(len(rows))]
-    assert together == [part.adapt(i) for part in alone for i in range(len(part))] == list(rows.samples())
+    together = [rows.sample(i) for i in range(len(rows))]
+    assert together == [part.sample(i) for part in alone for i in range(len(part))] == list(rows.samples())
     reverse = rows.select(range(len(rows) - 1, -1, -1))
-    assert [reverse.adapt(i) for i in range(len(rows))] == together[::-1] == list(reverse.samples())
+    assert [reverse.sample(i) for i in range(len(rows))] == together[::-1] == list(reverse.samples())
     assert len(rows.sizes()) == len(rows) and reverse.sizes() == rows.sizes()[::-1] and min(rows.sizes()) > 0
     run(tmp_path / "run", "--data", *sources, "--epochs", "1", "--share_pictures", "3", "--eval_data", *sources)
     report = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -149,8 +149,8 @@ def test_a_schema_can_be_forced(tmp_path):
     both = {"conversations": [], "messages": [{"role": "user", "content": "Hi"}, turn("assistant", "Hello")]}
     source = json_lines(tmp_path / "a.jsonl", [both])
     with pytest.raises(BadRow, match="not in the form of llava: IndexError"):
-        load_rows([source]).adapt(0)
-    assert load_rows([f"{source}::trl"]).adapt(0)["messages"] == asked("Hi", answer="Hello")
+        load_rows([source]).sample(0)
+    assert load_rows([f"{source}::trl"]).sample(0)["messages"] == asked("Hi", answer="Hello")
     with pytest.raises(ValueError, match="::trll: no such schema. Schemas are minimind_v, llava, cauldron, trl"):
         load_rows([f"{source}::trll"])
 
@@ -232,9 +232,9 @@ def llava_row(image, value="<image>\nWhat?"):
 def test_a_picture_that_may_not_or_cannot_be_read_is_a_bad_row(outside, image, message):
     image = image.replace("{outside}", str(outside.parent)) if isinstance(image, str) else image
     rows = load_rows([json_lines(outside / "a.jsonl", [llava_row("0.png"), llava_row(image)])])
-    assert encoded(rows.adapt(0)["images"][0]) == png(0)
+    assert encoded(rows.sample(0)["images"][0]) == png(0)
     with pytest.raises(BadRow, match=message):
-        rows.adapt(1)
+        rows.sample(1)
 
 
 def surrogate():

@@ -29,7 +29,7 @@ def test_a_stream_has_the_samples_of_the_rows(make, tmp_path):
     source, _ = make(tmp_path)
     rows = load_rows([source])
     streamed = [stream.sample(row) for stream in load_streams([source]) for row in stream.read()]
-    assert streamed == [rows.adapt(i) for i in range(len(rows))]
+    assert streamed == [rows.sample(i) for i in range(len(rows))]
 
 
 @each_schema

@@ -8,13 +8,13 @@ Both read the same rows with the same tokenizer and image processor, and take tu
 
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
-from minivlm.cli import Parser
+from minivlm.cli import Parser, positive
 from minivlm.data.encoder import Encoder
 from minivlm.evaluation.benchmarks import compare_readers, draw_rows, minimind_v_reader, packed_reader, time_stages
-from minivlm.model.loading import register_config
-from processing_minivlm import MiniVLMProcessor
+from minivlm.model.loading import load_processor
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,14 +22,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__, prog="minivlm benchmark-data")
     parser.add_argument("--data", default="data/train.parquet", help="A parquet file with MiniMind-V's columns.")
     parser.add_argument("--model", default=".", help="Folder or Hub id of the processor.")
-    parser.add_argument("--rows", type=int, default=2000, help="Rows to read in a round, drawn at random.")
-    parser.add_argument("--rounds", type=int, default=5, help="Rounds; each reader reads once in each.")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="Numbers of worker processes.")
+    parser.add_argument("--rows", type=positive, default=2000, help="Rows to read in a round, drawn at random.")
+    parser.add_argument("--rounds", type=positive, default=5, help="Rounds; each reader reads once in each.")
+    parser.add_argument(
+        "--workers", type=partial(positive, least=0), nargs="+", default=[0, 1, 2], help="Numbers of worker processes."
+    )
     parser.add_argument("--minimind_v", metavar="FOLDER", help="A checkout of MiniMind-V to compare with.")
-    parser.add_argument("--batch_size", type=int, default=16, help="Rows of a batch of MiniMind-V's.")
+    parser.add_argument("--batch_size", type=positive, default=16, help="Rows of a batch of MiniMind-V's.")
     args = parser.parse_args(argv)
-    register_config()
-    encoder = Encoder(MiniVLMProcessor.from_pretrained(args.model))
+    encoder = Encoder(load_processor(args.model))
     with tempfile.TemporaryDirectory() as folder:
         source = str(Path(folder) / "rows.parquet")
         count = draw_rows(args.data, args.rows, source)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from minivlm.cli import Parser
+from minivlm.cli import Parser, positive
 from minivlm.data.rows import load_rows
 from minivlm.evaluation.scoring import evaluate, print_table
-from minivlm.model.loading import load_trained
+from minivlm.model.loading import check_device, load_trained
 
 
 def parse_args(argv: list[str] | None):
@@ -28,8 +28,8 @@ def parse_args(argv: list[str] | None):
     parser.add_argument(
         "--data", nargs="+", default=["data/test.parquet"], help="Files, folders or globs, as for training."
     )
-    parser.add_argument("--limit", type=int, help="Answer only the first rows. Default: all.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Rows answered at once. Default: 64.")
+    parser.add_argument("--limit", type=positive, help="Answer only the first rows. Default: all.")
+    parser.add_argument("--batch_size", type=positive, default=64, help="Rows answered at once. Default: 64.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to compute.")
     parser.add_argument("--json", type=Path, help="Also write the metrics to this file.")
     parser.add_argument("--answers", type=Path, help="Also write every reference and answer to this JSON-lines file.")
@@ -39,16 +39,18 @@ def parse_args(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> dict:
     """Print the table of scores; return the metrics."""
     args = parse_args(argv)
+    check_device(args.device)
+    rows = load_rows(args.data)  # before the model: a wrong path should not cost a download
     model, processor = load_trained(args.model)
-    metrics = evaluate(model.to(args.device), processor, load_rows(args.data), args.limit, args.batch_size)
+    metrics = evaluate(model.to(args.device), processor, rows, args.limit, args.batch_size)
     print_table(metrics)
     answers = metrics.pop("answers")
     if args.json:
         weights = Path(args.model) / "model.safetensors"
-        source = {"model": args.model, "data": args.data, "limit": args.limit, "device": args.device}
+        record = {"model": args.model, "data": args.data, "limit": args.limit, "device": args.device}
         if weights.is_file():
-            source["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-        args.json.write_text(json.dumps(source | metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            record["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        args.json.write_text(json.dumps(record | metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.answers:
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers]
         args.answers.write_text("".join(lines), encoding="utf-8")

@@ -10,18 +10,19 @@ reason. The page is one file; a browser opens it.
 
 import random
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
-from minivlm.cli import Parser
+from minivlm.cli import Parser, positive
 from minivlm.data.encoder import Encoder
 from minivlm.data.loader import choose_rows
 from minivlm.data.options import DataArgs
 from minivlm.data.plans import PackBudget
 from minivlm.data.preview import describe, scan
 from minivlm.data.preview_page import render_page
-from minivlm.model.loading import register_config
+from minivlm.model.loading import load_processor
+from minivlm.pages import write_page
 from minivlm.training.options import read_mapping, read_pairs
-from processing_minivlm import MiniVLMProcessor
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -29,8 +30,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__, prog="minivlm preview")
     parser.add_argument("data", nargs="+", metavar="SOURCE", help="Named as for train_accelerate.py --data.")
     parser.add_argument("--model", default=".", help="Folder or Hub id of the processor that encodes the rows.")
-    parser.add_argument("--rows", type=int, default=1000, help="Rows to look at, drawn at random; 0: all.")
-    parser.add_argument("--shown", type=int, default=50, help="Rows on the page.")
+    parser.add_argument(
+        "--rows", type=partial(positive, least=0), default=1000, help="Rows to look at, drawn at random; 0: all."
+    )
+    parser.add_argument("--shown", type=partial(positive, least=0), default=50, help="Rows on the page.")
     parser.add_argument("--output", type=Path, default=Path("runs/preview.html"), help="File of the page.")
     parser.add_argument("--filter", metavar="JSON", help="Rows to look at: a mapping from column to values.")
     parser.add_argument("--min_rating", nargs="*", default=[], metavar="NAME=N", help="Lowest rating of a turn.")
@@ -48,15 +51,13 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print the table and write the page."""
     args = parse_args(argv)
+    encoder = Encoder(load_processor(args.model), args.max_length, args.too_long)
     rows = choose_rows(DataArgs(data=args.data, filter=args.filter, min_rating=args.min_rating))
-    register_config()
-    encoder = Encoder(MiniVLMProcessor.from_pretrained(args.model), args.max_length, args.too_long)
     indices = list(range(len(rows)))
     if 0 < args.rows < len(rows):
         indices = random.Random(args.seed).sample(indices, args.rows)
     found, examples = scan(rows, encoder, indices, args.shown)
     table = describe(found, len(rows), PackBudget(args.pack_tokens, args.pack_pictures))
     print(table)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(render_page(", ".join(args.data), table, examples, encoder), encoding="utf-8")
+    write_page(args.output, render_page(", ".join(args.data), table, examples, encoder))
     print(f"\n{len(examples):,} rows as a page: {args.output}")

@@ -19,7 +19,7 @@ from configuration_minivlm import MiniVLMConfig
 from minivlm.convert.files import new_folder, read_tensors
 from minivlm.convert.minimind import PROJECTORS, TOWERS, Tensors, compare, names, read_config
 from minivlm.model.backbones import IMAGE, build_processor, generation_defaults, load_weights, prepare_tokenizer
-from minivlm.model.loading import check_source
+from minivlm.model.loading import check_name
 from modeling_minivlm import MiniVLMForConditionalGeneration
 
 # Put before our chat template, so that it writes MiniMind's prompts: with an empty thought before each answer, or with
@@ -106,7 +106,7 @@ def find_tokenizer(source: str | Path, tokenizer: str | None) -> str:
     if tokenizer is None and not Path(source).is_dir():
         raise ValueError(f"{source} is a file without a tokenizer: name the folder of MiniMind's by --tokenizer.")
     tokenizer = str(tokenizer or source)
-    check_source("tokenizer", tokenizer, "tokenizer_config.json")
+    check_name("--tokenizer", tokenizer, "tokenizer_config.json")
     return tokenizer
 
 
@@ -163,7 +163,7 @@ def vision_language(text: PreTrainedConfig, projector: str, tokenizer: str, visi
 
 def load_tower(projector: str, vision_model: str) -> PreTrainedModel:
     """Load the tower in fp32; raise ValueError if MiniMind-V uses another kind with this projector."""
-    check_source("vision_model", vision_model, "config.json")
+    check_name("--vision_model", vision_model, "config.json")
     tower = AutoModel.from_pretrained(vision_model, dtype=torch.float32)
     tower = getattr(tower, "vision_model", tower)
     if tower.config.model_type != TOWERS[projector]:

@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from minivlm.convert.files import new_folder
 from minivlm.model.backbones import build
-from minivlm.model.loading import check_sources
+from minivlm.model.loading import check_names
 from minivlm.model.options import ModelArgs
 
 
@@ -24,7 +24,7 @@ def join(options: ModelArgs, out: str | Path, seed: int = 0) -> list[str]:
     Raises:
         ValueError: a part does not exist, or cannot be joined to the other.
     """
-    check_sources(options)
+    check_names(options)
     set_seed(seed)
     model, processor = build(options)
     with new_folder(out) as folder:

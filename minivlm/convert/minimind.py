@@ -72,7 +72,7 @@ def read_config(tensors: Tensors, stated: dict, multimodal: bool) -> PreTrainedC
 
     Args:
         tensors: MiniMind's; they show most sizes.
-        stated: config.json, or empty. What neither says is as MiniMind publishes it.
+        stated: config.json, or empty. Values that are in neither take MiniMind's published defaults.
         multimodal: whether the decoder is part of a MiniVLM.
 
     Raises:

@@ -120,7 +120,7 @@ def check_expressible(config: MiniVLMConfig) -> str:
 
 
 def assumptions(stated: dict, projector: str) -> list[str]:
-    """Return a line about the sizes that MiniMind-V's scripts assume and this model does not have; or no line."""
+    """Return a line with the sizes that differ from those in MiniMind-V's scripts; no line if none does."""
     hidden = stated["hidden_size"]
     assumed = {"num_attention_heads": 8, "vocab_size": 6400, "rope_theta": 1e6, "hidden_act": "silu"}
     assumed |= {"tie_word_embeddings": True, "head_dim": hidden // 8}

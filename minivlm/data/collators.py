@@ -34,7 +34,7 @@ def with_picture(samples: list[dict], blank: dict | None) -> list[dict]:
 
 
 def own_labels(sample: dict) -> torch.Tensor:
-    """Return the labels, with no loss on the first token of a row or branch: another row's token stands before it."""
+    """Return labels without those of each row's first token: the token before it belongs to another row."""
     branch = sample["branch"]
     starts = torch.cat([torch.ones(1, dtype=torch.bool), branch[1:] != branch[:-1]])
     return sample["labels"].masked_fill(starts, IGNORE)

@@ -61,7 +61,7 @@ class TrainingRows(torch.utils.data.Dataset):
         if self.augment != "none":
             change = partial(augment, rng=random.Random(seed), strong=self.augment == "strong")
         try:
-            sample = self.encoder(self.rows.adapt(index), change, pictures)
+            sample = self.encoder(self.rows.sample(index), change, pictures)
             bad += [(self.rows.where(index), note) for note in sample["notes"]]
             return [{**sample, "place": self.rows.where(index)}]
         except BadRow as error:

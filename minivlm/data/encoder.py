@@ -28,7 +28,7 @@ def escape_control_tokens(messages: list[dict], control: re.Pattern) -> list[dic
     """Put a `SEPARATOR` into control tokens that somebody typed, so that they are tokenized as ordinary text.
 
     Also put one before an answer that starts with a line break. The template writes a line break in front of it, and
-    the tokenizer would join both to one token, though only the second belongs to the answer and carries loss.
+    the tokenizer would merge both line breaks into one token. Only the second one belongs to the answer.
     """
 
     def clean(text: str, role: str) -> str:

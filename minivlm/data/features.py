@@ -37,7 +37,7 @@ def digest(image: bytes | Path | Image.Image) -> bytes:
 
 
 class CachedTower(torch.nn.Module):
-    """Take the tower's place in the model and return the features (N, 1, P, V) that it is given as pixel values."""
+    """Replace the tower: the input already holds features (N, 1, P, V), and they are returned unchanged."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -155,7 +155,7 @@ class FeatureCache:
         """Yield the missing pictures, decoded, in batches; one that cannot be decoded is reported when it is drawn."""
         batch, wanted = [], dict(missing)
         for index in sorted(set(missing.values())):
-            for image in rows.adapt(index)["images"]:
+            for image in rows.sample(index)["images"]:
                 name = digest(image)
                 if wanted.pop(name, None) is None:
                     continue

@@ -66,8 +66,8 @@ def decode_image(data: bytes | Path | Image.Image) -> Image.Image:
 def redraw(image: Image.Image, rng: random.Random) -> Image.Image:
     """Return the picture with another flat background and other colours, sometimes in greys.
 
-    Each picture of the emoji data has a background of one colour, by which a classifier soon knows it by heart. With
-    this a tower names several times as many pictures of a style that it has not been trained on.
+    Each picture of the emoji data has a background of one colour. A classifier learns these backgrounds instead of the
+    shapes. With this change a tower names several times as many pictures of a style that it has not been trained on.
     """
     pixels = np.asarray(image, dtype=np.float32)
     background = pixels[:1, :1]

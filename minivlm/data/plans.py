@@ -61,22 +61,22 @@ def shuffled(count: int, rng: random.Random) -> list[int]:
     return order
 
 
-def draw_by_weight(sources: list[int], weights: list[float], rng: random.Random) -> list[int]:
-    """Return as many unit numbers as there are units, each source's share in proportion to its weight.
+def draw_by_weight(sources: list[int], shares: list[float], rng: random.Random) -> list[int]:
+    """Draw unit numbers, as many as there are units, so that each source has its share of them.
 
-    A source whose share is smaller than its number of units gives a random part of them, another one each epoch; with
-    a larger share all its units are repeated, as evenly as possible.
+    A source whose share is smaller than its number of units gives a random part of them, a new one each epoch. The
+    units of a source with a larger share are repeated, as evenly as possible.
 
     Args:
         sources: number of the source of each unit.
-        weights: one per source, relative to one another.
+        shares: one number per source, relative to one another.
     """
-    members: list[list[int]] = [[] for _ in weights]
+    members: list[list[int]] = [[] for _ in shares]
     for unit, source in enumerate(sources):
         members[source].append(unit)
     if not all(members):
         raise ValueError(f"mix: source {members.index([]) + 1} of --data has no rows left. Leave it out of --data.")
-    ends = [round(len(sources) * end / sum(weights)) for end in accumulate(weights)]
+    ends = [round(len(sources) * end / sum(shares)) for end in accumulate(shares)]
     order = []
     for units, start, end in zip(members, [0, *ends], ends):
         repeats, rest = divmod(end - start, len(units))

@@ -78,7 +78,7 @@ def scan(rows: Rows, encoder: Encoder, indices: Iterable[int], shown: int) -> tu
     for index in tqdm(indices, desc="rows", unit="row"):
         example = Example(rows.where(index))
         try:
-            sample = rows.adapt(index)
+            sample = rows.sample(index)
             example.ids, example.labels, kept = encoder.tokenize(sample)
             messages = sample["messages"][:kept]
             pictures = [decode_image(image) for image in sample["images"][: count_markers(messages)]]

@@ -141,32 +141,32 @@ class StreamSource(Source):
 class Rows(Sequence):
     """Rows of several sources, which need not have the same layout, in the order given.
 
-    `rows[i]` is a row with all its columns, `rows["name"]` a column that every source has, `rows.adapt(i)` the sample.
+    `rows[i]` is a row with all its columns, `rows["name"]` a column of every source, `rows.sample(i)` the sample.
 
     Args:
-        parts: the tables.
+        sources: the tables.
         indices: which rows, in which order, counted through all tables. Default: all.
     """
 
-    def __init__(self, parts: list[TableSource], indices: Sequence[int] | None = None):
-        self.parts = parts
-        self.ends = list(accumulate(len(part.table) for part in parts))
+    def __init__(self, sources: list[TableSource], indices: Sequence[int] | None = None):
+        self.sources = sources
+        self.ends = list(accumulate(len(source.table) for source in sources))
         self.indices = range(self.ends[-1]) if indices is None else indices
-        self.column_names = [name for name in parts[0].columns if all(name in part.columns for part in parts)]
+        self.column_names = [name for name in sources[0].columns if all(name in source.columns for source in sources)]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def _find(self, index: int) -> tuple[TableSource, int]:
         index = self.indices[index]
-        part = bisect_right(self.ends, index)
-        return self.parts[part], index - (self.ends[part - 1] if part else 0)
+        number = bisect_right(self.ends, index)
+        return self.sources[number], index - (self.ends[number - 1] if number else 0)
 
     def __getitem__(self, key: int | str) -> dict | list:
         if isinstance(key, str):
-            return self._gather([part.column(key) for part in self.parts])
-        part, index = self._find(key)
-        return part[index]
+            return self._gather([source.column(key) for source in self.sources])
+        source, index = self._find(key)
+        return source[index]
 
     def _gather(self, columns: list[list]) -> list:
         values = [value for column in columns for value in column]
@@ -174,11 +174,11 @@ class Rows(Sequence):
 
     def select(self, indices: Sequence[int]) -> "Rows":
         """Return the rows at these positions, in this order."""
-        return Rows(self.parts, [self.indices[index] for index in indices])
+        return Rows(self.sources, [self.indices[index] for index in indices])
 
     def sizes(self) -> list[int]:
         """Return the bytes of text of each row, by which rows of similar length are found."""
-        return self._gather([part.sizes() for part in self.parts])
+        return self._gather([source.sizes() for source in self.sources])
 
     def source_number(self, index: int) -> int:
         """Return the number of the source that a row is from, from 0, in the order in which sources were named."""
@@ -186,16 +186,16 @@ class Rows(Sequence):
 
     def where(self, index: int) -> str:
         """Return file and row number, from 0, for a message."""
-        part, index = self._find(index)
-        return f"{part.name}, row {index}"
+        source, index = self._find(index)
+        return f"{source.name}, row {index}"
 
-    def adapt(self, index: int) -> dict:
+    def sample(self, index: int) -> dict:
         """Return the sample of a row, as `Source.sample` does; raise `BadRow` if there is none."""
-        part, position = self._find(index)
-        return part.sample(part.stored(position)[0])
+        source, position = self._find(index)
+        return source.sample(source.stored(position)[0])
 
     def samples(self, block: int = 100) -> Iterator[dict | BadRow]:
-        """Yield the sample of every row, the `BadRow` for a bad one; several times as fast as `adapt` row by row."""
+        """Yield the sample of every row, the `BadRow` for a bad one; several times as fast as `sample` row by row."""
         for start in range(0, len(self), block):
             found = map(self._find, range(start, min(start + block, len(self))))
             for _, group in groupby(found, key=lambda place: id(place[0])):
@@ -226,20 +226,20 @@ def filter_rated(rows: Rows, min_rating: dict[str, float]) -> Rows:
     Raises:
         ValueError: no source has such a rating, or no row is left.
     """
-    found = {name.removesuffix("_ratings") for part in rows.parts for name in part.columns if "_ratings" in name}
+    found = {name.removesuffix("_ratings") for source in rows.sources for name in source.columns if "_ratings" in name}
     for name in min_rating.keys() - found:
         known = f"Ratings are {', '.join(sorted(found))}." if found else "No column ends in _ratings."
         raise ValueError(f"min_rating: the data has no rating {name!r}. {known}")
     good = []
-    for part in rows.parts:
-        names = [name for name in part.columns if name.removesuffix("_ratings") in min_rating]
-        ratings = zip(*map(part.column, names)) if names else [()] * len(part.table)  # pictures stay unread
+    for source in rows.sources:
+        names = [name for name in source.columns if name.removesuffix("_ratings") in min_rating]
+        ratings = zip(*map(source.column, names)) if names else [()] * len(source.table)  # pictures stay unread
         # A row whose ratings cannot be had stays, to be counted as a bad one when it is drawn.
         good += [good_turns(dict(zip(names, values)), min_rating) for values in ratings]
     kept = [index for index in rows.indices if good[index] is None or any(good[index])]
     if not kept:
         raise ValueError(f"min_rating: no turn of {len(rows)} rows is rated so highly. Ask for less.")
-    return Rows([replace(part, min_rating=min_rating) for part in rows.parts], kept)
+    return Rows([replace(source, min_rating=min_rating) for source in rows.sources], kept)
 
 
 def named_sources(sources: list[str]) -> Iterator[tuple[str, dict]]:
@@ -259,21 +259,21 @@ def load_rows(sources: list[str]) -> Rows:
         FileNotFoundError: a source matches no file.
         ValueError: a file cannot be read or has the columns of no known schema, or there are no rows at all.
     """
-    parts = []
+    tables = []
     for name, options in named_sources(sources):
         if name.startswith("hub:"):
             # Files that the library downloaded are named by their full path, which must lie in its own cache.
-            parts.append(TableSource(name=name, root=Path(HF_HUB_CACHE), table=load_hub(name), **options))
+            tables.append(TableSource(name=name, root=Path(HF_HUB_CACHE), table=load_hub(name), **options))
             continue
         for file in find_files(name):
             form = FORMATS[file.suffix]
             table = form.read(file)
             if len(table):
-                part = TableSource(name=str(file), root=file.parent, unpack=form.unpack, table=table, **options)
-                parts.append(part)
-    if not parts:
+                source = TableSource(name=str(file), root=file.parent, unpack=form.unpack, table=table, **options)
+                tables.append(source)
+    if not tables:
         raise ValueError(f"{', '.join(sources)}: no rows. Training needs at least one.")
-    return Rows(parts)
+    return Rows(tables)
 
 
 def load_streams(sources: list[str], min_rating: dict[str, float] | None = None) -> list[StreamSource]:

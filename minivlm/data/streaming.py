@@ -66,7 +66,7 @@ class StreamedBatches(IterableDataset):
         self.filter = args.filter or {}
         self.budget = PackBudget(args.pack_tokens, args.pack_pictures) if args.packing else None
         files = Counter(stream.number for stream in streams)
-        self.weights = [args.mix[s.number] / files[s.number] if args.mix else 1.0 for s in streams]
+        self.shares = [args.mix[s.number] / files[s.number] if args.mix else 1.0 for s in streams]
         self.rank, self.world_size, self.start_step = rank, world_size, start_step
         self.accumulation = -(-args.batch_size // (world_size * args.micro_batch_size))
         self.blank = encoder.blank()
@@ -108,7 +108,7 @@ class StreamedBatches(IterableDataset):
                 yield [[item] for item in batch]
 
     def items(self) -> Iterator[Item]:
-        """Yield the good rows of one epoch after another, each with the bad rows between the one before and itself."""
+        """Yield the good rows of one epoch after another; each carries the bad rows that came just before it."""
         epoch, bad = 0, []  # bad rows behind the last good one come with the first good one of the next epoch
         while True:
             good = 0
@@ -145,13 +145,13 @@ class StreamedBatches(IterableDataset):
 
     def mixed(self, epoch: int) -> Iterator[tuple[StreamSource, int, dict]]:
         """Yield (source, row number, stored row) of an epoch; the source of each is drawn by weight."""
-        rng, weights = random.Random(f"{self.seed}/{epoch}/mix"), list(self.weights)
+        rng, shares = random.Random(f"{self.seed}/{epoch}/mix"), list(self.shares)
         readers = [enumerate(stream.read()) for stream in self.streams]
-        while any(weights):
-            source = rng.choices(range(len(readers)), weights)[0]
+        while any(shares):
+            source = rng.choices(range(len(readers)), shares)[0]
             index, row = next(readers[source], (None, None))
             if row is None:
-                weights[source] = 0
+                shares[source] = 0
             elif all(row.get(column) in values for column, values in self.filter.items()):
                 yield self.streams[source], index, row
 

@@ -27,6 +27,7 @@ BUDGET = PackBudget(tokens=4096, pictures=64)
 
 def draw_rows(source: str, count: int, target: Path) -> int:
     """Write `count` random rows of a parquet file in MiniMind-V's schema to `target`; return how many there were."""
+    load_rows([source])  # for its messages: no such file, no parquet, no known schema
     table = pq.read_table(source, columns=["conversations", "image_bytes"])
     count = min(count, len(table))
     pq.write_table(table.take(random.Random(0).sample(range(len(table)), count)), target)
@@ -43,7 +44,7 @@ def time_stages(source: str, encoder: Encoder, count: int) -> dict[str, float]:
         seconds[name] = time.perf_counter() - start
         return result
 
-    samples = timed("read", lambda: [rows.adapt(i) for i in range(count)])
+    samples = timed("read", lambda: [rows.sample(i) for i in range(count)])
     timed("tokenize and label", lambda: [encoder.tokenize(sample) for sample in samples])
     pictures = timed("decode", lambda: [[decode_image(i) for i in sample["images"]] for sample in samples])
     timed("resize and normalise", lambda: [encoder.pixels(row) for row in pictures if row])

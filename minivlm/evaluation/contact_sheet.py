@@ -30,7 +30,7 @@ def fonts(size: int) -> list[ImageFont.FreeTypeFont]:
 
 
 def has(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    """Return whether a font has all characters of a text; one that it lacks is drawn as a noncharacter is."""
+    """Return whether a font has all characters of a text; a missing one is drawn as U+FFFF is."""
     missing = bytes(font.getmask("\uffff"))
     return all(bytes(font.getmask(character)) != missing for character in set(text))
 

@@ -30,7 +30,7 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def prompts(rows: Rows, processor: ProcessorMixin) -> list[dict]:
-    """Return one item per row: prompt, pictures and reference; all before the last assistant turn is the question.
+    """Return one item per row: prompt, pictures and reference; the question is every turn before the last.
 
     Raises:
         ValueError: a row cannot be read, has no answer at its end, or an answer that is none of its options.
@@ -38,7 +38,7 @@ def prompts(rows: Rows, processor: ProcessorMixin) -> list[dict]:
     prepared = []
     for index in range(len(rows)):
         try:
-            row, sample = rows[index], rows.adapt(index)
+            row, sample = rows[index], rows.sample(index)
         except BadRow as error:
             raise ValueError(f"{rows.where(index)}: {error}. Evaluation counts every row, so mend it.") from error
         *question, answer = sample["messages"]

@@ -66,7 +66,7 @@ class BackgroundPush:
         return self.succeeded
 
     def _work(self) -> None:
-        """Upload what waits, until nothing does."""
+        """Upload waiting models until none is left."""
         while True:
             with self.lock:
                 upload, self.waiting = self.waiting, None

@@ -1,4 +1,4 @@
-"""Repeat a request to the Hub that failed for a passing reason, and say of any failure what the user can do."""
+"""Repeat a request to the Hub that failed for a temporary reason, and name a remedy for every failure."""
 
 import json
 import re

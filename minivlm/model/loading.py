@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
@@ -15,10 +16,25 @@ from processing_minivlm import MiniVLMProcessor
 PARTS_OF_NEW = ("vision_model", "text_model", "tokenizer")  # options of a new model; one that exists has its own
 
 
+def check_device(device: str) -> str:
+    """Return the device; raise ValueError if torch does not know it or does not see it."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {device}: not known. Use cpu, cuda or cuda:N.") from None
+    count = torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+        raise ValueError(
+            f"--device {device}: PyTorch sees {count or 'no'} GPU. Is CUDA_VISIBLE_DEVICES empty, the driver off, "
+            f"or this a CPU build of PyTorch ({torch.__version__})? Use cpu, or auto where a command has it."
+        )
+    return device
+
+
 def register_config() -> None:
     """Let transformers' auto classes in this process read our configuration by this checkout's code.
 
-    Never called by the model's own files, or loading them once would trust every later model in silence.
+    The model's own files never call it: transformers would then stop asking for `trust_remote_code`.
     """
     AutoConfig.register("minivlm", MiniVLMConfig, exist_ok=True)
 
@@ -29,7 +45,7 @@ def load_trained(path: str | Path) -> tuple[MiniVLMForConditionalGeneration, Min
     Raises:
         ValueError: no model is there, or one of another type.
     """
-    check_source("model", str(path))
+    check_name("", str(path))
     model_type = MiniVLMConfig.get_config_dict(path)[0].get("model_type")
     if model_type != "minivlm":
         raise ValueError(
@@ -41,7 +57,7 @@ def load_trained(path: str | Path) -> tuple[MiniVLMForConditionalGeneration, Min
 
 def load_processor(path: str | Path) -> MiniVLMProcessor:
     """Load the processor of a folder or Hub id with this checkout's code."""
-    check_source("model", str(path), "processor_config.json")
+    check_name("", str(path), "processor_config.json")
     register_config()
     return MiniVLMProcessor.from_pretrained(path)
 
@@ -56,23 +72,28 @@ def save_model(model, processor, folder: Path, state_dict: dict | None = None) -
     os.replace(partial, folder)
 
 
-def check_sources(args: ModelArgs) -> None:
+def check_names(args: ModelArgs) -> None:
     """Raise ValueError before anything is loaded if a folder or Hub id to start from does not exist."""
     if args.model:  # it has its own parts; those that a recipe names are not used
-        check_source("model", args.model)
+        check_name("--model", args.model)
         return
     for name in PARTS_OF_NEW:
-        if source := getattr(args, name):
-            check_source(name, source, "tokenizer_config.json" if name == "tokenizer" else "config.json")
+        if value := getattr(args, name):
+            check_name(f"--{name}", value, "tokenizer_config.json" if name == "tokenizer" else "config.json")
 
 
-def check_source(option: str, source: str, file: str = "config.json") -> None:
-    """Raise ValueError if `source` is neither a folder nor a Hub id that holds `file`."""
+def check_name(option: str, name: str, file: str = "config.json") -> None:
+    """Raise ValueError if `name` is neither a folder nor a Hub id that holds `file`.
+
+    Args:
+        option: the option that names it, for the message; empty for an argument without a name.
+    """
     try:
-        cached_file(source, file)
+        cached_file(name, file)
     except OSError as error:
         reason = str(error).split("\n")[0]
+        named = f"{option} {name}".strip()
         raise ValueError(
-            f"--{option} {source}: neither a folder with a model nor to be had from the Hub. {reason} Check the "
-            "spelling; without access to huggingface.co set HF_ENDPOINT to a mirror, or give a folder."
+            f"{named}: no folder with a model, and no such model on the Hub. {reason} Check the spelling; without "
+            "access to huggingface.co set HF_ENDPOINT to a mirror, or give a folder."
         ) from None

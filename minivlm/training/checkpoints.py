@@ -21,7 +21,7 @@ def resume(accelerator: Accelerator, args: TrainArgs, state: State) -> None:
     """Load the checkpoint that `args.resume` asks for into model, optimizers and `state`; print what differs now.
 
     Raises:
-        ValueError: no complete checkpoint, or one of other options of data: its place in the data means nothing then.
+        ValueError: no complete checkpoint, or one with other data options: its position in the data is not valid then.
     """
     processes, order = accelerator.num_processes, order_options(args)
     checkpoint = None

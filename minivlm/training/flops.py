@@ -12,8 +12,8 @@ PEAK |= {"4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}
 class FlopCounter:
     """FLOPs of a step's products with weights, forward and backward; the attention scores are left out, as in 6 N.
 
-    A weight costs 2 FLOPs per token it meets, 2 more if its own gradient is wanted, and 2 more if something before it
-    learns, to which a gradient must pass through it.
+    A weight costs 2 FLOPs per token. It costs 2 more if it trains, and 2 more if an earlier layer trains, because the
+    gradient goes through this weight to it.
     """
 
     def __init__(self, model: torch.nn.Module):

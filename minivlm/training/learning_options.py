@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from minivlm.cli import option
+from minivlm.model.loading import check_device
 from minivlm.model.parts import PARTS
 from minivlm.training.optimizers import SCHEDULES
 
@@ -41,11 +42,8 @@ class TrainingArgs:
 
 def check_training(args: TrainingArgs | Namespace) -> None:
     """Raise ValueError for a device or precision that this machine lacks, or a number out of range."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda: PyTorch sees no GPU here. Is CUDA_VISIBLE_DEVICES empty, the driver missing, or this a "
-            f"CPU build of PyTorch ({torch.__version__})? Use --device auto to train on the CPU."
-        )
+    if args.device != "auto":
+        check_device(args.device)
     if args.mixed_precision == "fp8" and not (
         torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
     ):

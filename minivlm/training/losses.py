@@ -6,7 +6,7 @@ from minivlm.data.encoder import IGNORE
 
 
 def z_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the squared log-partitions of `logits` (1, K, vocabulary) where `labels` (1, K) are given, ().
+    """Return a scalar: the sum of squared log-partitions of `logits` (1, K, vocabulary) with a label in `labels`.
 
     Source: PaLM (arXiv 2204.02311, section 5).
     """
@@ -14,7 +14,7 @@ def z_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def load_balance(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
-    """Return how unevenly the routers of a mixture, logits (tokens, E) per block, use their experts, summed, ().
+    """Return a scalar that grows when a mixture uses its experts unequally, summed over the blocks.
 
     E times the sum over experts of the share of tokens that an expert gets times its mean probability (Switch
     Transformer, arXiv 2101.03961, equations 4 to 6): `top_k` per block if all are used alike, E at most.

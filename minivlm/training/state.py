@@ -1,4 +1,4 @@
-"""Hold what a run knows of itself: its place, its counts, and what a step added to them."""
+"""Count what a run has done: steps, tokens, rows, bad rows."""
 
 import json
 import math
