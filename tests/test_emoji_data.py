@@ -1,8 +1,7 @@
-"""The embedded data set and its builder: what the files of data/ promise, and the rules that the builder keeps."""
+"""Test the files of the embedded data set, and the rules that their builder keeps."""
 
 import io
 import json
-import random
 import re
 from collections import Counter
 from functools import cache
@@ -14,24 +13,32 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("resvg_py")
+pytest.importorskip("fontTools")
 
-from tools.emoji import prepare as prepare_emoji
-from tools.emoji import questions as emoji_questions
-from tools.emoji.pictures import BACKGROUNDS, choose_ground, draw_single, look
-from tools.emoji.questions import CATEGORIES, COLORS, PHRASES, POSITIONS, Concept, confusable, only_left
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+from tools.emoji import prepare, questions, sources
+from tools.emoji.concepts import BARE_NAMES, CATEGORIES, Concept, confusable
+from tools.emoji.grounding import GROUNDING_TASKS, is_right
+from tools.emoji.photos import FREE
+from tools.emoji.questions import COLORS, PHRASES, POSITIONS
+from tools.emoji.rows import COLUMNS
+from tools.emoji.sources import FIRST_STYLES
 
 DATA = Path(__file__).parent.parent / "data"
 FILES = ("train", "train_scenes", "dev", "test", "test_compositions", "demo_train", "demo_test")
+ALSO = ("drawings", "dev_grounding", "test_grounding", "test_photos")
 STYLES = {
-    "train": set(prepare_emoji.TRAIN_STYLES),
-    "train_scenes": set(prepare_emoji.TRAIN_STYLES),
+    "train": set(FIRST_STYLES),
+    "train_scenes": set(FIRST_STYLES),
     "dev": {"fxemoji"},
     "test": {"twemoji"},
-    "test_compositions": set(prepare_emoji.TRAIN_STYLES),
-    "demo_train": set(prepare_emoji.TRAIN_STYLES),
+    "test_compositions": set(FIRST_STYLES),
+    "demo_train": set(FIRST_STYLES),
     "demo_test": {"twemoji"},
 }
-CANONICAL = {  # as a pattern; the table of questions in data/README.md
+CANONICAL = {  # patterns of the questions in the table of data/README.md
     ("caption", "en"): r"Describe this picture\.",
     ("caption", "zh"): r"描述这张图片。",
     ("name", "en"): r"What is this\? Answer with the name\.",
@@ -56,17 +63,26 @@ CANONICAL = {  # as a pattern; the table of questions in data/README.md
     ("left_of", "zh"): r".+的左边是什么？",
     ("background", "en"): r"What color is the background\?",
     ("background", "zh"): r"背景是什么颜色？",
+    ("point", "en"): r"Point to (the )?.+\.",
+    ("point", "zh"): r"指出.+的位置。",
+    ("box", "en"): r"Where exactly (is|are) (the )?.+\? Answer with (its|their) box\.",
+    ("box", "zh"): r".+的边框在哪里？",
+    ("above", "en"): r"What is above (the )?.+\?",
+    ("above", "zh"): r".+的上面是什么？",
+    ("count_colour", "en"): r'How many ".+" are \w+\?',
+    ("count_colour", "zh"): r"有几个.色的“.+”？",
 }
 
 
 @cache
 def table(name: str) -> pa.Table:
+    """Return a file of data/ as a table."""
     return pq.read_table(DATA / f"{name}.parquet", read_dictionary=["image_bytes"])
 
 
 @cache
 def rows(name: str) -> list[tuple]:
-    """(task, language, style, concept, question, answer) of every row."""
+    """Return (task, language, style, concept, question, answer) of every row of a file."""
     found = []
     for row in table(name).drop_columns("image_bytes").to_pylist():
         user, assistant = json.loads(row["conversations"])
@@ -78,10 +94,12 @@ def rows(name: str) -> list[tuple]:
 
 
 def options(name: str) -> list[list[str] | None]:
+    """Return the options of every row of a file; None for a question without options."""
     return table(name)["options"].to_pylist()
 
 
 def pictures(name: str) -> set[bytes]:
+    """Return the different pictures of a file, encoded."""
     return {value for chunk in table(name)["image_bytes"].chunks for value in chunk.dictionary.to_pylist()}
 
 
@@ -89,7 +107,7 @@ def test_files_are_small_and_have_the_columns_of_minimind_v():
     assert sum((DATA / f"{name}.parquet").stat().st_size for name in FILES) <= 20e6
     for name in FILES:
         schema = pq.read_schema(DATA / f"{name}.parquet")
-        assert tuple(schema.names) == prepare_emoji.COLUMNS
+        assert tuple(schema.names) == COLUMNS
         assert schema.field("image_bytes").type == pa.binary() and schema.field("conversations").type == pa.string()
         assert all(column.null_count == 0 for column in table(name).drop_columns("options").columns)
 
@@ -127,7 +145,7 @@ def test_every_picture_is_128_by_128_and_opaque(name):
 def test_a_picture_is_stored_once_per_row_group():
     for name in FILES:
         metadata = pq.ParquetFile(DATA / f"{name}.parquet").metadata
-        column = prepare_emoji.COLUMNS.index("image_bytes")
+        column = COLUMNS.index("image_bytes")
         stored = sum(
             metadata.row_group(i).column(column).total_uncompressed_size for i in range(metadata.num_row_groups)
         )
@@ -145,9 +163,9 @@ def test_no_style_and_no_picture_is_in_training_and_in_a_test_of_styles():
 
 
 def test_demo_asks_about_nothing_but_its_own_things():
-    """An option that the demo never taught would be no fair question."""
+    """Check that every option is also taught by the demo; an unknown option would be unfair."""
     for name in ("demo_train", "demo_test"):
-        assert {row[3] for row in rows(name)} == prepare_emoji.DEMO
+        assert {row[3] for row in rows(name)} == prepare.DEMO
         named = {row[5] for row in rows(name) if row[0] == "name"}
         assert {option for listed in options(name) for option in listed or ()} <= named
 
@@ -174,7 +192,7 @@ def test_yes_and_no_are_balanced_in_each_language(name):
 
 
 def test_no_word_gives_yes_or_no_away():
-    """A name asked for often enough must be a positive about half of the time."""
+    """Check that a name asked for often is the right one about half of the time."""
     asked = Counter()
     for task, language, _, _, question, answer in rows("train"):
         if task == "yes_no" and language == "zh":
@@ -191,7 +209,7 @@ def test_a_choice_holds_its_answer_once_at_a_uniform_place(name):
     for (task, language, _, _, question, answer), listed in zip(rows(name), options(name), strict=True):
         assert (task == "choice") == (listed is not None)
         if listed:
-            assert len(set(listed)) == 4 and emoji_questions.listed(listed, language) in question
+            assert len(set(listed)) == 4 and questions.listed(listed, language) in question
             places[listed.index(answer)] += 1
     total = places.total()
     assert set(places) == {0, 1, 2, 3} and max(places.values()) < 0.25 * total + 3 * (0.1875 * total) ** 0.5
@@ -217,7 +235,38 @@ def test_a_prefix_of_an_evaluation_file_is_a_fair_sample(name):
         assert abs(start[task] - expected) < 4 * expected**0.5 + 1, task
 
 
+def test_all_files_together_are_small():
+    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) <= 30e6
+
+
+@pytest.mark.parametrize(("name", "style"), (("dev_grounding", "fxemoji"), ("test_grounding", "twemoji")))
+def test_grounding_files_ask_canonically_and_their_boxes_are_inside_the_picture(name, style):
+    boxes = table(name)["box"].to_pylist()
+    for (task, language, drawn, _, question, answer), box in zip(rows(name), boxes, strict=True):
+        assert drawn == style and re.fullmatch(CANONICAL[task, language], question), question
+        assert (box is not None) == (task in ("point", "box"))
+        if box is not None:
+            left, top, right, bottom = box
+            assert 0 <= left < right <= 100 and 0 <= top < bottom <= 100 and is_right(task, answer, box)
+    assert {row[:2] for row in rows(name)} == {
+        (task, language) for task in GROUNDING_TASKS for language in ("en", "zh")
+    }
+    assert not pictures(name) & (pictures("dev") | pictures("test"))
+
+
+def test_photographs_are_credited_and_free_of_share_alike():
+    for credit in table("test_photos")["credit"].to_pylist():
+        author, licence, source = credit.split("; ")
+        assert author and FREE.fullmatch(licence) and source.startswith("https://")
+    for data in pictures("test_photos"):
+        assert max(Image.open(io.BytesIO(data)).size) == 224
+    known = {row[3] for row in rows("train")}
+    assert len({row[3] for row in rows("test_photos")}) == 36 and {row[3] for row in rows("test_photos")} <= known
+    assert not pictures("test_photos") & pictures("train")
+
+
 def concept(en: str, zh: str = "某物", group: int = 7, subgroup: str = "other") -> Concept:
+    """Return a concept with an English name; its other fields do not matter to most tests."""
     return Concept("0", en.replace(" ", "-"), en, zh, group, subgroup)
 
 
@@ -227,6 +276,11 @@ def test_articles_follow_the_sound_and_plurals_have_none():
         an a button (blood type), a p button, an up! button, a euro banknote, people hugging, a compass, aries, skis"""
     for phrase in re.split(r",\s+", phrases):
         assert concept(re.sub("^an? (?=.)", "", phrase)).phrase == phrase
+
+
+def test_names_without_an_article_are_written_as_the_names_are():
+    names = {row[5] for row in rows("train") if row[0] == "name" and row[1] == "en"}
+    assert len(BARE_NAMES) > 100 and BARE_NAMES <= names
 
 
 def test_names_that_might_fit_both_things_are_not_set_against_each_other():
@@ -239,27 +293,28 @@ def test_names_that_might_fit_both_things_are_not_set_against_each_other():
     assert confusable(woman, princess)
 
 
-def test_left_of_is_asked_only_where_one_thing_is_further_left():
-    a, b, c = (concept(name) for name in "abc")
-    assert only_left([(a, (2, 0, 0)), (b, (2, 0, 1))], (2, 0, 1)) is a
-    assert only_left([(a, (2, 0, 0)), (b, (2, 0, 1))], (2, 0, 0)) is None
-    assert only_left([(a, (2, 1, 0)), (b, (2, 0, 1))], (2, 0, 1)) is None  # lower left
-    assert only_left([(a, (3, 0, 0)), (b, (3, 0, 1)), (c, (3, 0, 2))], (3, 0, 2)) is None
-
-
-@pytest.mark.parametrize("color", BACKGROUNDS)
-def test_a_thing_stands_out_from_its_background_and_its_colour_is_known(color):
-    sprite = Image.new("RGBA", (100, 80), (*BACKGROUNDS[color][0], 255))
-    main, hidden = look(sprite)
-    assert main == color
-    for seed in range(30):
-        ground, shade, worst = choose_ground(random.Random(seed), [hidden])
-        assert ground != color and worst <= 1
-        assert len(draw_single(random.Random(seed), sprite, shade).getcolors(20_000)) > 1
+def save_font(path: Path, codes: list[int]) -> None:
+    """Write a font with bars of different lengths as glyphs of the given code points."""
+    builder, names = FontBuilder(1000), [f"glyph{code}" for code in codes]
+    builder.setupGlyphOrder([".notdef", *names])
+    builder.setupCharacterMap(dict(zip(codes, names)))
+    glyphs = {}
+    for i, name in enumerate([".notdef", *names]):
+        pen = TTGlyphPen(None)
+        for number, point in enumerate([(50, -100), (50, 600), (300 + 10 * i, 600), (300 + 10 * i, -100)]):
+            (pen.lineTo if number else pen.moveTo)(point)
+        pen.closePath()
+        glyphs[name] = pen.glyph()
+    builder.setupGlyf(glyphs)
+    builder.setupHorizontalMetrics({name: (1000, 0) for name in glyphs})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupPost()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    builder.save(path)
 
 
 def make_packages(folder: Path) -> Path:
-    """Forty concepts drawn as coloured shapes, in the formats of the nine npm packages."""
+    """Write packages of forty concepts, drawn as coloured shapes, in the formats of the real packages."""
     modules, names = folder / "node_modules", [f"{a}{b}" for a in "bdfgklmp" for b in ("an", "et", "il", "op", "um")]
     codes = {name: f"1F{i:03X}" for i, name in enumerate(names, 0x300)}
 
@@ -267,15 +322,18 @@ def make_packages(folder: Path) -> Path:
         (modules / path).parent.mkdir(parents=True, exist_ok=True)
         (modules / path).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
-    for package, version in prepare_emoji.PACKAGES.items():
+    for package, version in sources.PACKAGES.items():
         save(f"{package}/package.json", {"version": version})
-    for turn, package in enumerate(prepare_emoji.ICON_SETS.values()):
+    icon_sets = [source for source, match, _ in sources.STYLES.values() if match not in ("files", "font")]
+    for turn, package in enumerate(icon_sets):
         icons = {}
         for i, name in enumerate(names):
             fill, radius = f"#{(i * 5003 + turn * 71) % 4096:03x}", 4 + i % 9
             icons[name] = {"body": f'<rect x="2" y="3" width="{20 + i % 8}" height="24" rx="{radius}" fill="{fill}"/>'}
         save(f"{package}/icons.json", {"icons": icons, "width": 32, "height": 32})
         save(f"{package}/chars.json", {codes[name].lower(): name for name in names})
+    for font in [source for source, match, _ in sources.STYLES.values() if match == "font"]:
+        save_font(modules / font, [int(code, 16) for code in codes.values()])
     (modules / "@lobehub/fluent-emoji-3d/assets").mkdir(parents=True)
     for i, name in enumerate(names):
         picture = Image.new("RGBA", (60, 40 + i), (i * 6, 250 - i * 5, 90, 255))
@@ -297,27 +355,21 @@ def make_packages(folder: Path) -> Path:
 
 def test_builder_writes_the_same_bytes_for_the_same_seed(tmp_path, monkeypatch):
     packages = make_packages(tmp_path / "packages")
-    monkeypatch.setattr(prepare_emoji, "DEMO", frozenset(f"b{end}" for end in ("an", "et", "il", "op", "um")))
+    names = [f"{start}{end}" for start in "bd" for end in ("an", "et", "il", "op", "um")]
+    monkeypatch.setattr(prepare, "DEMO", frozenset(names[:5]))
+    photo = Image.radial_gradient("L").convert("RGB")
+    monkeypatch.setattr(prepare, "load_photos", lambda folder: [(name, photo, "nobody; CC0-1.0; x") for name in names])
 
     def build(output: str, seed: int) -> dict[str, bytes]:
-        arguments = [
-            "--packages",
-            packages,
-            "--output",
-            tmp_path / output,
-            "--seed",
-            seed,
-            "--scenes",
-            10,
-            "--eval-scenes",
-            6,
-        ]
-        prepare_emoji.build(prepare_emoji.parse_args([str(argument) for argument in arguments]))
-        return {name: (tmp_path / output / f"{name}.parquet").read_bytes() for name in FILES}
+        folders = ["--packages", packages, "--output", tmp_path / output]
+        arguments = [*folders, "--seed", seed, "--scenes", 10, "--eval-scenes", 6]
+        prepare.build(prepare.parse_args([str(argument) for argument in arguments]))
+        return {path.name: path.read_bytes() for path in (tmp_path / output).iterdir()}
 
     first, again, other = build("first", 0), build("again", 0), build("other", 1)
     assert first == again
-    assert all(first[name] != other[name] for name in FILES)
+    assert first.keys() == {f"{name}.parquet" for name in (*FILES, *ALSO)} | {"concepts.json"}
+    assert all(first[name] != other[name] for name in first.keys() - {"drawings.parquet"})
     held_out = pq.read_table(tmp_path / "first/test_compositions.parquet")["concept"].to_pylist()
     seen = pq.read_table(tmp_path / "first/train_scenes.parquet")["concept"].to_pylist()
     assert not {c for row in held_out for c in row.split(",")} & {c for row in seen for c in row.split(",")}
@@ -327,4 +379,4 @@ def test_a_package_of_another_version_is_refused(tmp_path):
     packages = make_packages(tmp_path)
     (packages / "node_modules/@iconify-json/noto/package.json").write_text('{"version": "0.1"}')
     with pytest.raises(SystemExit, match="0.1, 1.2.9 is pinned"):
-        prepare_emoji.find_packages(packages)
+        sources.find_packages(packages)

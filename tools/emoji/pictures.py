@@ -1,21 +1,18 @@
-"""Pictures of the embedded data set: sprites from SVG or WebP, their colours, and 128 x 128 pictures on a ground.
+"""Find the colours of sprites, and draw pictures of 128 x 128 pixels with them.
 
-A sprite is an RGBA array cropped to its opaque part. A background is one of `BACKGROUNDS` and is used only where the
-outline of the sprite stands out from it.
+A sprite is an RGBA picture that is cropped to its opaque part. A background is one of `BACKGROUNDS`; it is used only
+where the outline of the sprite stands out from it.
 """
 
 import colorsys
 import io
 from functools import cache
-from pathlib import Path
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
 SIZE = 128  # side of a picture, pixels
-RASTER = 160  # side at which an SVG is drawn before it is cropped and scaled down
-BACKGROUNDS = {  # shades of each of the eleven colours, well inside what everybody calls by that name
+BACKGROUNDS = {  # shades of each of the eleven colours; everybody gives them that name
     "black": ((16, 16, 18), (34, 34, 36)),
     "white": ((255, 255, 255), (247, 247, 245)),
     "grey": ((128, 128, 130), (158, 158, 160)),
@@ -28,40 +25,13 @@ BACKGROUNDS = {  # shades of each of the eleven colours, well inside what everyb
     "pink": ((250, 160, 195), (240, 120, 175)),
     "brown": ((100, 62, 34), (135, 88, 52)),
 }
-APART = 27.0  # CIE76 distance below which a pixel does not stand out from the background
-OUTLINE_LIMIT = 0.15  # share of outline pixels that may not stand out
-INSIDE_LIMIT = 0.40  # share of all pixels that may not stand out
-
-
-def draw_svg(body: str, left: float, top: float, width: float, height: float) -> Image.Image:
-    """An icon of an Iconify set as an RGBA picture with its longer side `RASTER`."""
-    svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{body}</svg>'
-    )
-    scale = RASTER / max(width, height)
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg, width=round(width * scale), height=round(height * scale), skip_system_fonts=True
-    )
-    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-
-
-def open_sprite(path: Path) -> Image.Image:
-    picture = Image.open(path).convert("RGBA")
-    picture.thumbnail((RASTER, RASTER), Image.LANCZOS)
-    return picture
-
-
-def crop(picture: Image.Image) -> Image.Image | None:
-    """The opaque part, or None if there is next to nothing to see."""
-    box = picture.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox()
-    if box is None or max(box[2] - box[0], box[3] - box[1]) < RASTER // 5:
-        return None
-    return picture.crop(box)
+APART = 27.0  # smallest CIE76 distance at which a pixel stands out from the background
+OUTLINE_LIMIT = 0.15  # largest share of outline pixels that do not stand out
+INSIDE_LIMIT = 0.40  # largest share of all pixels that do not stand out
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB in 0..255 (..., 3) to CIELAB under D65."""
+    """Convert sRGB values in 0..255 (..., 3) to CIELAB under D65."""
     c = np.asarray(rgb, dtype=np.float64) / 255
     c = np.where(c > 0.04045, ((c + 0.055) / 1.055) ** 2.4, c / 12.92)
     xyz = c @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
@@ -75,16 +45,16 @@ GROUNDS_LAB = to_lab(np.array([shade for _, shade in GROUNDS]))
 
 
 def look(sprite: Image.Image) -> tuple[str | None, list[float]]:
-    """The main colour of a sprite (None where not clear), and for each of `GROUNDS` how badly it hides the sprite.
+    """Return the main colour of a sprite, and for each of `GROUNDS` how strongly it hides the sprite.
 
-    A value up to 1 means that outline and inside stay within `OUTLINE_LIMIT` and `INSIDE_LIMIT`; a ground of the main
-    colour counts as 2.
+    The colour is None if it is not clear. A value up to 1 means that outline and inside stay within `OUTLINE_LIMIT`
+    and `INSIDE_LIMIT`. A background of the main colour counts as 2.
     """
     small = np.asarray(sprite.resize([max(8, round(n * 0.3)) for n in sprite.size], Image.BOX))
     opaque = np.pad(small[..., 3] > 160, 1)
     inner = opaque[:-2, 1:-1] & opaque[2:, 1:-1] & opaque[1:-1, :-2] & opaque[1:-1, 2:]
     opaque = opaque[1:-1, 1:-1]
-    if not opaque.any():  # hair-thin drawing
+    if not opaque.any():  # a drawing of very thin lines
         opaque = small[..., 3] > 40
     rgb = small[..., :3][opaque]
     edge = ~inner[opaque]
@@ -95,7 +65,10 @@ def look(sprite: Image.Image) -> tuple[str | None, list[float]]:
 
 
 def main_color(rgb: np.ndarray) -> str | None:
-    """The colour of at least 60 % of the pixels, with no other colour on more than a quarter of them."""
+    """Return the colour of at least 60 % of the pixels (n, 3), or None.
+
+    No other colour may cover more than a quarter of the pixels.
+    """
     names, counts = np.unique([color_of(*pixel) for pixel in (rgb // 8 * 8 + 4).tolist()], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     first = counts[order[0]] / len(rgb)
@@ -105,7 +78,10 @@ def main_color(rgb: np.ndarray) -> str | None:
 
 @cache
 def color_of(r: int, g: int, b: int) -> str:
-    """One of the eleven basic colours, or "" between two of them. Bounds in degrees of hue were set by looking."""
+    """Return one of the eleven basic colours, or "" for a colour between two of them.
+
+    The bounds, in degrees of hue, were chosen by eye.
+    """
     h, s, v = colorsys.rgb_to_hsv(r / 255, g / 255, b / 255)
     h *= 360
     if v < 0.22 or (v < 0.36 and s < (0.5 if 180 < h < 260 else 0.25)):
@@ -138,7 +114,10 @@ def color_of(r: int, g: int, b: int) -> str:
 
 
 def choose_ground(rng, hidden: list[list[float]]) -> tuple[str, tuple[int, int, int], float]:
-    """A background colour, a shade of it, and the worst value of `look` over the sprites; above 1 nothing fits."""
+    """Choose a random background; return its colour, its shade and the worst value of `look` over the sprites.
+
+    A value above 1 means that no background fits.
+    """
     worst = [max(values) for values in zip(*hidden)]
     fitting = [i for i, value in enumerate(worst) if value <= 1]
     if not fitting:
@@ -149,35 +128,43 @@ def choose_ground(rng, hidden: list[list[float]]) -> tuple[str, tuple[int, int, 
     return *GROUNDS[i], worst[i]
 
 
-def paste(canvas: Image.Image, sprite: Image.Image, side: float, x: float, y: float) -> None:
-    """Draw a sprite with its longer side `side` centred on (x, y), pixels, moved as little as keeps it inside."""
+def paste(canvas: Image.Image, sprite: Image.Image, side: float, x: float, y: float) -> tuple[int, int, int, int]:
+    """Draw a sprite with a longer side of `side` pixels centred on (x, y); return left, top, right and bottom.
+
+    The sprite is moved just far enough to lie inside the picture.
+    """
     scale = side / max(sprite.size)
     sprite = sprite.resize([max(1, round(n * scale)) for n in sprite.size], Image.LANCZOS)
     left = min(max(round(x - sprite.width / 2), 1), SIZE - 1 - sprite.width)
     top = min(max(round(y - sprite.height / 2), 1), SIZE - 1 - sprite.height)
     canvas.paste(sprite, (left, top), sprite)
+    return left, top, left + sprite.width, top + sprite.height
 
 
 def draw_single(rng, sprite: Image.Image, shade: tuple[int, int, int]) -> Image.Image:
-    """One thing, 70 to 94 % of the picture wide or high, up to 10 pixels off the centre."""
+    """Return a picture of one thing, 70 to 94 % of the picture wide or high, up to 10 pixels off the centre."""
     canvas = Image.new("RGB", (SIZE, SIZE), shade)
     paste(canvas, sprite, rng.uniform(90, 120), SIZE / 2 + rng.uniform(-10, 10), SIZE / 2 + rng.uniform(-10, 10))
     return canvas
 
 
-def draw_scene(rng, sprites: list[Image.Image], positions: list[tuple], shade: tuple[int, int, int]) -> Image.Image:
-    """Several things, one per cell of a 2 x 2 or 3 x 3 grid, each inside its cell so that none overlap."""
-    canvas = Image.new("RGB", (SIZE, SIZE), shade)
+def draw_scene(rng, sprites: list, positions: list, shade: tuple) -> tuple[Image.Image, list[tuple]]:
+    """Return a picture of several things, and the box of each.
+
+    Each thing lies inside its own cell of a 2 x 2 or 3 x 3 grid, so that none overlap.
+    """
+    canvas, boxes = Image.new("RGB", (SIZE, SIZE), shade), []
     for sprite, (grid, row, column) in zip(sprites, positions):
         cell = SIZE / grid
         side = rng.uniform(44, 58) if grid == 2 else rng.uniform(37, 41)
         free = (cell - side - 1) / 2
         x, y = ((i + 0.5) * cell + rng.uniform(-free, free) for i in (column, row))
-        paste(canvas, sprite, side, x, y)
-    return canvas
+        boxes.append(paste(canvas, sprite, side, x, y))
+    return canvas, boxes
 
 
 def encode(picture: Image.Image, quality: int) -> bytes:
+    """Return a picture as the bytes of a WebP file."""
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=quality, method=6)
     return buffer.getvalue()

@@ -1,25 +1,11 @@
-"""Questions of the embedded data set: concepts, their names in English and Chinese, and rows of text.
+"""Write the questions and answers of the embedded data set, in English and Chinese.
 
-A concept is one emoji: its hexcode, its names (Unicode CLDR short names), its category. `single_rows` asks about a
-picture of one thing, `scene_rows` about a picture of several. The first phrasing of each task is the canonical one,
-which the evaluation files use; training draws from all of them.
+`single_rows` asks about a picture of one thing, `scene_rows` about a picture of several things. The first phrasing of
+each task is the canonical one. The evaluation files use only this one, the training files use all.
 """
 
-import re
-from dataclasses import dataclass
-from functools import cached_property
+from tools.emoji.concepts import CATEGORIES, LANGUAGES, PROPER_NAMES, Concept, draw_other
 
-LANGUAGES = ("en", "zh")
-CATEGORIES = {  # emojibase group number -> name; groups 2 (components) and 9 (flags) are not used
-    0: ("faces and emotion", "表情与情感"),
-    1: ("people and body", "人物与身体"),
-    3: ("animals and nature", "动物与自然"),
-    4: ("food and drink", "食物与饮料"),
-    5: ("travel and places", "旅行与地点"),
-    6: ("activities", "活动"),
-    7: ("objects", "物品"),
-    8: ("symbols", "符号"),
-}
 COLORS = {
     "black": "黑色", "white": "白色", "grey": "灰色", "red": "红色", "orange": "橙色", "yellow": "黄色",
     "green": "绿色", "blue": "蓝色", "purple": "紫色", "pink": "粉色", "brown": "棕色",
@@ -118,120 +104,45 @@ PHRASES = {
     ("background", "zh"): (
         "背景是什么颜色？", "图片的背景是哪种颜色？", "请说出背景的颜色。", "背景用的是什么颜色？", "这些东西后面是什么颜色？",
     ),
+    ("point", "en"): (
+        "Point to {the}.", "Give a point on {the}.", "Mark {the} with a point.", "At which point {be} {the}?",
+        "Where must one click to hit {the}?",
+    ),
+    ("point", "zh"): (
+        "指出{name}的位置。", "请用一个点指出{name}。", "给出{name}上的一点。", "{name}在哪一点？", "要点中{name}，应点哪里？",
+    ),
+    ("box", "en"): (
+        "Where exactly {be} {the}? Answer with {its} box.", "Give the box of {the}.", "Draw a box around {the}.",
+        "What is the bounding box of {the}?", "Between which edges {be} {the}?",
+    ),
+    ("box", "zh"): (
+        "{name}的边框在哪里？", "请框出{name}。", "给出{name}的边框。", "{name}的外框坐标是什么？", "用边框标出{name}。",
+    ),
+    ("above", "en"): (
+        "What is above {the}?", "What do you see above {the}?", "Which thing is above {the}?",
+        "Name the thing above {the}.", "What stands over {the}?",
+    ),
+    ("above", "zh"): (
+        "{name}的上面是什么？", "在{name}上面的是什么？", "哪个东西在{name}的上面？", "说出{name}上面的东西。", "你在{name}的上面看到什么？",
+    ),
+    ("count_colour", "en"): (
+        'How many "{name}" are {colour}?', 'How many times does a {colour} "{name}" appear?',
+        'Count the "{name}" that are {colour}.', 'How many of the "{name}" have the color {colour}?',
+        'What is the number of {colour} "{name}"?',
+    ),
+    ("count_colour", "zh"): (
+        "有几个{colour}的“{name}”？", "{colour}的“{name}”出现了几次？", "数一数{colour}的“{name}”。", "图中{colour}的“{name}”有几个？",
+        "“{name}”里有几个是{colour}的？",
+    ),
 }  # fmt: skip
 TASKS = tuple(task for task, language in PHRASES if language == "en")
 
 
-# Names that take no indefinite article, the proper ones no article at all: substances, proper names, games, signs and states.
-PROPER_NAMES = frozenset(
-    """aries taurus gemini cancer leo virgo libra scorpio sagittarius capricorn aquarius pisces ophiuchus""".split()
-    + ["mount fuji", "santa claus", "mrs. claus", "tokyo tower", "zzz"]
-)
-BARE_NAMES = PROPER_NAMES | frozenset(
-    re.split(
-        r";\s+",
-        """camping; foggy; night with stars; fog; high voltage; building construction; wood; bread; baguette bread;
-        flatbread; stuffed flatbread; garlic; ginger root; bacon; popcorn; butter; salt; canned food; cooked rice;
-        curry rice; spaghetti; oden; sushi; shaved ice; soft ice cream; ice cream; custard; sake; bubble tea; mate; ice;
-        money with wings; coral; broccoli; fire; luggage; performing arts; tennis; bowling; field hockey; ice hockey;
-        lacrosse; ping pong; badminton; american football; rugby football; horse racing; nail polish; thread; yarn;
-        breast-feeding; currency exchange; dna; soap; om; locked; locked with pen; locked with key; unlocked;
-        potable water; non-potable water; passport control; customs; baggage claim; left luggage; children crossing;
-        no entry; prohibited; no bicycles; no smoking; no littering; no pedestrians; no mobile phones;
-        no one under eighteen; radioactive; wireless; vibration mode; multiply; plus; minus; divide; infinity;
-        copyright; registered; information; construction; input latin uppercase; input latin lowercase; input numbers;
-        input symbols; input latin letters; dizzy; dashing away; sunrise over mountains; yin yang; statue of liberty;
-        rolling on the floor laughing; star-struck; palms up together; cooking; pouring liquid; kaaba""",
-    )
-)
-SINGULAR_IN_S = {"rhinoceros", "americas", "weights", "arts", "customs", "stars", "tears"}  # no plurals
-PLURAL_WORDS = {"people", "skis"}
-AN_DESPITE_CONSONANT = {"x-ray", "sos", "ng", "atm", "hourglass"}
-A_DESPITE_VOWEL = {"unicorn", "ewe", "one-piece", "euro"}
-
-# Inside these emojibase subgroups no name is a broader word for another, so a neighbour is a fair wrong answer.
-EXCLUSIVE_SUBGROUPS = {
-    "animal-mammal", "animal-reptile", "food-fruit", "food-vegetable", "food-prepared", "food-sweet", "musical-instrument",
-    "sport", "zodiac", "transport-air", "geometric", "tool", "science", "arrow",
-}  # fmt: skip
-# ... except within these kinds. Some reach across subgroups: a heart suit looks like a red heart.
-KINDS = (
-    {"dog", "poodle"}, {"bear", "panda", "koala"}, {"mouse", "rat", "hamster", "chipmunk"}, {"monkey", "gorilla", "orangutan"},
-    {"ox", "cow", "buffalo", "bison"}, {"goat", "ram", "ewe"}, {"bread", "bagel", "croissant", "flatbread"}, {"pig", "boar"},
-    {"horse", "unicorn", "donkey"}, {"baseball", "softball"}, {"cake", "shortcake", "cupcake"}, {"candy", "lollipop"}, {"lemon", "lime"}, {"pepper"},
-    {"taco", "burrito", "tamale", "flatbread"}, {"pot", "pan", "fondue", "bowl"}, {"meat", "poultry", "bacon"},
-    {"heart"}, {"diamond"}, {"star", "sparkle", "asterisk"}, {"circle", "moon", "hole"}, {"button", "large"},
-    {"triangle", "button"}, {"tree"}, {"tent", "camping"}, {"sun", "sunrise", "sunset"}, {"chart"}, {"chain", "link"},
-    {"envelope", "mail", "letter"}, {"football"}, {"droplet", "drop"}, {"mouth", "kiss", "lip"}, {"calendar"},
-    {"top", "up"}, {"soon", "right"}, {"back", "end", "left"}, {"on", "left"},
-)  # fmt: skip
-# Parts of the people and the faces: "woman" also fits a princess, "smiling face" a grinning one.
-BROAD_SUBGROUPS = ("face", "person", "hand", "cat", "monkey")
-
-
-@dataclass(frozen=True)
-class Concept:
-    """One emoji. `slug` is its CLDR short name with hyphens, `group` a key of `CATEGORIES`."""
-
-    hexcode: str
-    slug: str
-    en: str
-    zh: str
-    group: int
-    subgroup: str
-
-    def name(self, language: str) -> str:
-        return self.en if language == "en" else self.zh
-
-    @cached_property
-    def words(self) -> frozenset:
-        return frozenset(re.sub(r"(?<=[a-z]{2})s$", "", word) for word in re.split(r"[^a-z0-9ñ]+", self.en) if word)
-
-    @cached_property
-    def is_plural(self) -> bool:
-        head = re.split(r" (?:with|of|in|over|and|without) ", self.en)[0].split()
-        if self.en in BARE_NAMES or head[-1] in SINGULAR_IN_S:
-            return False
-        return bool(PLURAL_WORDS & set(head)) or bool(re.search(r"[^sui]s$", head[-1]) and not head[-1].endswith("'s"))
-
-    @cached_property
-    def phrase(self) -> str:
-        """The name with its indefinite article, if it takes one."""
-        if self.is_plural or self.en in BARE_NAMES:
-            return self.en
-        word = re.split(r"[ !]", self.en)[0]
-        vowel = word[0] in "aeiou" and word not in A_DESPITE_VOWEL
-        return f"{'an' if vowel or word in AN_DESPITE_CONSONANT else 'a'} {self.en}"
-
-
-def confusable(a: Concept, b: Concept) -> bool:
-    """Whether one name might also be given to the other thing; such a pair never stands in one question or scene."""
-    if a.words <= b.words or b.words <= a.words or a.zh in b.zh or b.zh in a.zh:
-        return True
-    if any(a.words & kind and b.words & kind for kind in KINDS):
-        return True
-    if a.subgroup == b.subgroup:
-        return a.subgroup not in EXCLUSIVE_SUBGROUPS
-    first, second = a.subgroup.split("-")[0], b.subgroup.split("-")[0]
-    return first == second and first in BROAD_SUBGROUPS
-
-
-def draw_other(rng, pool: list[Concept], present: list[Concept], near: bool = False) -> Concept:
-    """A concept of `pool` confusable with none in `present`; with `near`, of the same category where possible."""
-    first = present[0]
-    exclusive = first.subgroup in EXCLUSIVE_SUBGROUPS
-    close = []
-    if near:
-        close = [c for c in pool if (c.subgroup == first.subgroup if exclusive else c.group == first.group)]
-    for attempt in range(1000):
-        other = rng.choice(close if close and attempt < 30 else pool)
-        if not any(confusable(other, p) for p in present):
-            return other
-    raise ValueError(f"No other concept for {[c.en for c in present]} among {len(pool)}: use more concepts.")
-
-
 def ask(rng, task: str, language: str, canonical: bool, concept: Concept = None, **values) -> str:
-    """A question in one of the task's phrasings; the canonical one always, or three times in ten while training."""
+    """Return a question of the task in one of its phrasings.
+
+    With `canonical` this is always the canonical one; otherwise it is the canonical one three times in ten.
+    """
     phrases = PHRASES[task, language]
     phrase = phrases[0] if canonical or rng.random() < 0.3 else rng.choice(phrases[1:])
     if concept is not None:
@@ -245,13 +156,14 @@ def ask(rng, task: str, language: str, canonical: bool, concept: Concept = None,
             is_="Are" if many else "Is",
             does="Do" if many else "Does",
             be="are" if many else "is",
+            its="their" if many else "its",
             the=concept.en if concept.en in PROPER_NAMES else f"the {concept.en}",
         )
     return phrase.format(**values)
 
 
 def options(rng, answer: Concept, pool: list[Concept], language: str) -> list[str]:
-    """The answer and three others that fit neither the picture nor one another, in random order."""
+    """Return four names in random order: the answer, and three that fit neither the picture nor each other."""
     names = [answer]
     while len(names) < 4:
         names.append(draw_other(rng, pool, names, near=len(names) == 1 and rng.random() < 0.5))
@@ -260,21 +172,24 @@ def options(rng, answer: Concept, pool: list[Concept], language: str) -> list[st
 
 
 def listed(names: list[str], language: str) -> str:
+    """Return the names as one text, in English "a, b, c or d"."""
     return "、".join(names) if language == "zh" else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def color_name(color: str, language: str) -> str:
+    """Return the name of a colour in `language`."""
     return color if language == "en" else COLORS[color]
 
 
 def single_rows(rng, index: int, concept: Concept, main, background: str, pool: list, wanted: list) -> list:
-    """Rows (task, language, question, answer, options or None) on a picture of one thing.
+    """Return rows (task, language, question, answer, options or None) on a picture of one thing.
 
     Args:
-        index: number of the picture in a random order; its parity balances yes and no.
-        main: name of the main colour of the thing, None where it is not clear.
-        pool: concepts from which negatives and distractors come, the same as those of the pictures.
-        wanted: pairs (task, language), or triples whose third value is True for a canonical question.
+        index: number of the picture in a random order; even and odd numbers balance yes and no.
+        main: name of the main colour of the thing, None if it is not clear.
+        background: name of the colour of the background.
+        pool: concepts from which wrong names are drawn, the same as those of the pictures.
+        wanted: triples (task, language, canonical).
     """
     rows, turn = [], index
     for task, language, canonical in wanted:
@@ -302,6 +217,7 @@ def single_rows(rng, index: int, concept: Concept, main, background: str, pool: 
 
 
 def single_caption(concept: Concept, background: str, language: str) -> str:
+    """Return a caption for one thing on a background."""
     category = CATEGORIES[concept.group][LANGUAGES.index(language)]
     if language == "en":
         start = concept.phrase[0].upper() + concept.phrase[1:]
@@ -310,11 +226,12 @@ def single_caption(concept: Concept, background: str, language: str) -> str:
 
 
 def article(word: str) -> str:
+    """Return the indefinite article of an English word."""
     return "an" if word[0] in "aeiou" else "a"
 
 
 def scene_caption(things: list, background: str, language: str) -> str:
-    """`things` are (concept, position) pairs in reading order."""
+    """Return a caption for a scene; `things` are (concept, position) pairs in reading order."""
     which = LANGUAGES.index(language)
     if language == "zh":
         parts = "，".join(f"{POSITIONS[position][1]}是{concept.zh}" for concept, position in things)
@@ -325,12 +242,13 @@ def scene_caption(things: list, background: str, language: str) -> str:
 
 
 def scene_rows(rng, index: int, things: list, background: str, pool: list, canonical: bool, repeats: int) -> list:
-    """Rows (task, language, question, answer, None) on a scene.
+    """Return rows (task, language, question, answer, None) on a scene.
 
     Args:
+        index: number of the scene in a random order; it decides the first language, and yes or no.
         things: (concept, position) pairs in reading order; `position` is a key of `POSITIONS`.
-        pool: concepts that may stand in such a scene; the negatives of "is there" come from it.
-        repeats: questions per task, each in another language than the one before.
+        pool: concepts that may stand in such a scene; "is there" asks for one of these where the answer is no.
+        repeats: number of questions per task; the language changes from one to the next.
     """
     concepts = [concept for concept, _ in things]
     kinds = list(dict.fromkeys(concepts))
@@ -354,14 +272,17 @@ def scene_rows(rng, index: int, things: list, background: str, pool: list, canon
         if left:
             concept, found = rng.choice(left)
             add("left_of", found.name(language), concept)
-        if turn == 0:  # of low variety: once is enough
+        if turn == 0:  # these have few different answers, so one is enough
             add("background", color_name(background, language))
             add("caption", scene_caption(things, background, language))
     return rows
 
 
 def only_left(things: list, position: tuple) -> Concept | None:
-    """The thing left of `position`, if no other thing of the scene is further left than `position` and it is in its row."""
+    """Return the only thing left of `position` if it is in the same row, else None.
+
+    `things` are (concept, position) pairs.
+    """
     grid, row, column = position
     found = [(concept, place) for concept, place in things if place[2] < column]
     if len(found) == 1 and found[0][1][1] == row:

@@ -1,0 +1,152 @@
+"""Define the vision networks: a ResNet that trains quickly, a CLIP ViT that learns from it, and their classifier.
+
+Both towers are classes of transformers, so `AutoModel` loads a saved tower. Both turn a picture of 128 x 128 pixels
+into an 8 x 8 map: the ResNet in its last stage, the ViT with patches of 16 pixels. Legend: B pictures, P = 64 places
+of the map, V width.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModel, CLIPVisionConfig, ResNetConfig
+
+SIZE = 128  # side of a picture, pixels
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, as in the processor
+
+
+def build_tower(kind: str, width: int, depth: int = 6):
+    """Return a tower with random weights.
+
+    A `resnet` has basic blocks of 2, 4, 8 and 8 times `width` channels. A `clip` has `depth` blocks of width `width`.
+    """
+    if kind == "resnet":
+        config = ResNetConfig(
+            layer_type="basic", embedding_size=width, hidden_sizes=[2 * width, 4 * width, 8 * width],
+            depths=[1, 1, 2], downsample_in_first_stage=False, image_size=SIZE,
+        )  # fmt: skip
+    elif kind == "clip":
+        config = CLIPVisionConfig(
+            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth, num_attention_heads=width // 64,
+            image_size=SIZE, patch_size=16, attn_implementation="eager",
+        )  # fmt: skip
+    else:
+        raise ValueError(f"Unknown tower {kind!r}. Use resnet or clip.")
+    return AutoModel.from_config(config)
+
+
+class Eyes(nn.Module):
+    """Classify pictures with a tower, the mean over its map, and a linear layer with one output per concept."""
+
+    def __init__(self, tower, classes: int):
+        super().__init__()
+        self.tower = tower
+        self.is_map = tower.config.model_type == "resnet"
+        self.width = tower.config.hidden_sizes[-1] if self.is_map else tower.config.hidden_size
+        self.norm = nn.Identity() if self.is_map else nn.LayerNorm(self.width)
+        self.head = nn.Linear(self.width, classes)
+
+    def look(self, pixels, places=None) -> torch.Tensor:
+        """Return the feature of each place, (B, P, V); with `places` only of these, (B, n, V).
+
+        Args:
+            pixels: (B, 3, 128, 128) in [0, 1].
+            places: (n,) indices of the patches that a ViT gets. Half of them take half the time, and the learned
+                weights also work on all patches (arXiv 2212.00794). None: all patches.
+        """
+        x = (pixels - pixels.new_tensor(MEAN)[:, None, None]) / pixels.new_tensor(STD)[:, None, None]
+        if self.is_map:
+            x = x.contiguous(memory_format=torch.channels_last)
+            return self.tower(x).last_hidden_state.flatten(2).transpose(1, 2)
+        x = self.tower.embeddings(x)  # (B, 1 + 64, V)
+        if places is not None:
+            x = torch.cat([x[:, :1], x[:, 1:][:, places]], 1)
+        x = self.tower.encoder(inputs_embeds=self.tower.pre_layrnorm(x)).last_hidden_state
+        return x[:, 1:]
+
+    def name(self, features) -> torch.Tensor:
+        """Return the logits (B, classes) of features (B, P, V).
+
+        It averages the patches instead of using the class token, because a decoder will read the patches.
+        """
+        return self.head(self.norm(features.mean(1)))
+
+    def forward(self, pixels) -> torch.Tensor:
+        """Return the logits (B, classes) of pictures (B, 3, 128, 128) in [0, 1]."""
+        return self.name(self.look(pixels))
+
+
+class Pupil(nn.Module):
+    """Hold eyes, and a linear map from their features to the `teacher_width` channels of the teacher's features."""
+
+    def __init__(self, eyes: Eyes, teacher_width: int):
+        super().__init__()
+        self.eyes = eyes
+        self.translate = nn.Linear(eyes.width, teacher_width)
+
+
+def save(eyes: Eyes, concepts: list[str], folder: Path) -> None:
+    """Write the tower in the format of transformers, and the classifier to head.pt for further training."""
+    eyes.tower.save_pretrained(folder)
+    head = {"head": eyes.head.state_dict(), "norm": eyes.norm.state_dict(), "concepts": concepts}
+    torch.save(head, folder / "head.pt")
+
+
+def load(folder: Path) -> tuple[Eyes, list[str]]:
+    """Read a folder that `save` wrote; return the eyes and the concepts in the order of the classifier."""
+    head = torch.load(folder / "head.pt", weights_only=True)
+    eyes = Eyes(AutoModel.from_pretrained(folder), len(head["concepts"]))
+    eyes.head.load_state_dict(head["head"])
+    eyes.norm.load_state_dict(head["norm"])
+    return eyes, head["concepts"]
+
+
+def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Return roughly the nearest matrix whose singular values are all equal.
+
+    The method is the Newton-Schulz iteration of Muon (Jordan et al. 2024).
+    """
+    x = matrix / (matrix.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Optimize matrices with Muon; a convolution is treated as a matrix (out, in * height * width)."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update each parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                m = state["momentum"].mul_(group["momentum"]).add_(p.grad)
+                update = orthogonal((p.grad + group["momentum"] * m).flatten(1))
+                scale = math.sqrt(max(1, update.shape[0] / update.shape[1]))
+                p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
+
+
+def build_optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+    """Return two optimizers for the parameters of `model`: AdamW and Muon.
+
+    Muon gets the matrices and convolutions inside the tower. AdamW gets the stem, the head, norms and biases. Each
+    group keeps its highest learning rate as `peak_lr`.
+    """
+    inner, rest = [], []
+    for name, p in model.named_parameters():
+        matrix = p.ndim in (2, 4) and p.shape[1] > 3 and "tower." in name and "embedding." not in name
+        (inner if matrix else rest).append(p)
+    adamw = torch.optim.AdamW([{"params": rest, "peak_lr": lr}], lr=lr, weight_decay=0.01)
+    return [adamw, Muon([{"params": inner, "peak_lr": muon_lr}], lr=muon_lr)]

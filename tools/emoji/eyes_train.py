@@ -1,0 +1,217 @@
+"""Train eyes to name the drawings: a teacher from labels alone, or a pupil from labels and a teacher's outputs.
+
+    python -m tools.emoji.eyes_train --tower resnet --width 20 --minutes 30 --output runs/teacher
+    python -m tools.emoji.eyes_train --tower clip --width 192 --teacher runs/teacher --minutes 60 --output runs/vit
+
+Minutes are CPU minutes, so a run on a busy machine gets the same result as on an idle one, only later. A run that is
+started again with the same --output continues from its last checkpoint. All random choices depend only on --seed
+and the step.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minivlm.cli import Parser, run_command
+from tools.emoji.augment import augment, on_white
+from tools.emoji.drawings import Drawings
+from tools.emoji.eyes import SIZE, Eyes, Pupil, build_optimizers, build_tower, load, save
+from tools.emoji.eyes_measure import measure, read_pictures
+from tools.emoji.sources import DEV_STYLE, TRAIN_STYLES
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = Parser(__doc__, prog="python -m tools.emoji.eyes_train")
+    add = parser.add_argument
+    add("--drawings", type=Path, default=Path("runs/drawings.npz"), help="file of tools.emoji.drawings, or "
+        "drawings.parquet of the data set together with --dev (default: runs/drawings.npz)")  # fmt: skip
+    add("--dev", type=Path, help="file such as data/dev.parquet; its pictures of the task `name` are used to measure "
+        "(default: the dev style of --drawings, on white)")  # fmt: skip
+    add("--output", type=Path, required=True, help="folder for the tower, the checkpoint and the log")
+    add("--tower", choices=("resnet", "clip"), required=True, help="class of the tower")
+    add("--width", type=int, required=True, help="channels of the ResNet's stem, or width of the ViT")
+    add("--depth", type=int, default=6, help="blocks of the ViT (default: 6)")
+    add("--teacher", type=Path, help="output folder of an earlier run to learn from")
+    add("--minutes", type=float, default=25, help="CPU minutes of training (default: 25)")
+    add("--batch", type=int, default=128, help="pictures per step (default: 128)")
+    add("--lr", type=float, default=4e-3, help="highest learning rate of AdamW (default: 4e-3)")
+    add("--muon_lr", type=float, default=0.03, help="highest learning rate of Muon (default: 0.03)")
+    add("--warmup", type=float, default=0.02, help="share of the run in which the learning rates rise (default: 0.02)")
+    add("--mild", type=float, default=0.5, help="share of the run in which the augmentation strength rises from a "
+        "quarter to full (default: 0.5)")  # fmt: skip
+    add("--feature_weight", type=float, default=10.0, help="weight of the squared error to the teacher's features")
+    add("--names_from", type=float, default=0.0, help="share of the run without the loss on names; its weight "
+        "then rises to full over a tenth of the run (default: 0, full from the first step)")  # fmt: skip
+    add("--patches", type=int, default=64, help="patches, of 64, that a ViT gets before --whole_from (default: 64)")
+    add("--whole_from", type=float, default=0.8, help="share of the run after which a ViT gets all patches")
+    add("--measure_every", type=float, default=4, help="CPU minutes between measurements and checkpoints (default: 4)")
+    add("--stop_after", type=float, help="stop after this many CPU minutes of this call; the same command continues")
+    add("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
+    return parser.parse_args(argv)
+
+
+class Run:
+    """Hold the model, the optimizers and the clock of one training run.
+
+    `save_state` and `load_state` make the run resumable.
+    """
+
+    def __init__(self, args):
+        self.args, self.step, self.seconds = args, 0, 0.0
+        drawings = Drawings.load(args.drawings)
+        train = drawings.of(TRAIN_STYLES)
+        if len(train.styles) < args.batch:
+            raise ValueError(f"{args.drawings} has {len(train.styles)} training drawings, fewer than one batch of "
+                             f"{args.batch}. Lower --batch.")  # fmt: skip
+        self.concepts = sorted(set(train.concepts.tolist()))
+        self.dev = read_pictures(args.dev) if args.dev else white_pictures(drawings.of([DEV_STYLE]))
+        self.pixels, self.mono = torch.from_numpy(train.pixels), torch.from_numpy(train.mono)
+        self.labels = torch.from_numpy(np.searchsorted(self.concepts, train.concepts))
+        torch.manual_seed(args.seed)
+        eyes = Eyes(build_tower(args.tower, args.width, args.depth), len(self.concepts))
+        self.teacher = None
+        if args.teacher:
+            self.teacher, concepts = load(args.teacher)
+            if concepts != self.concepts:
+                raise ValueError(f"{args.teacher} was trained on other concepts ({len(concepts)}, not "
+                                 f"{len(self.concepts)}). Train it on {args.drawings}.")  # fmt: skip
+            self.teacher.eval().requires_grad_(False)
+        self.model = Pupil(eyes, self.teacher.width if self.teacher else 1).train()
+        self.eyes = self.model.eyes
+        if args.tower == "resnet":
+            eyes.to(memory_format=torch.channels_last)
+        self.optimizers = build_optimizers(self.model, args.lr, args.muon_lr)
+
+    @property
+    def done(self) -> float:
+        """Return the finished share of the run, 0 to 1."""
+        return self.seconds / (60 * self.args.minutes)
+
+    def batch(self) -> torch.Tensor:
+        """Return the indices of the drawings of this step; each epoch takes all drawings in another random order."""
+        per_epoch = len(self.pixels) // self.args.batch
+        epoch, i = divmod(self.step, per_epoch)
+        order = torch.randperm(len(self.pixels), generator=generator(self.args.seed, epoch, 1))
+        return order[i * self.args.batch : (i + 1) * self.args.batch]
+
+    def train_step(self) -> dict[str, float]:
+        """Train on one batch; return its loss and the share of pictures named right."""
+        args, rows = self.args, self.batch()
+        strength = min(1.0, 0.25 + 0.75 * self.done / args.mild)
+        rng = generator(args.seed, self.step, 2)
+        x, labels = augment(self.pixels[rows], self.mono[rows], SIZE, strength, rng), self.labels[rows]
+        places = None
+        if args.tower == "clip" and args.patches < 64 and self.done < args.whole_from:
+            places = torch.randperm(64, generator=rng)[: args.patches].sort().values
+        with torch.autocast("cpu", torch.bfloat16):
+            features = self.eyes.look(x, places)
+            logits = self.eyes.name(features).float()
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+            if self.teacher is not None:
+                loss = self.loss_to_teacher(x, features, logits, loss, places)
+        loss.backward()
+        rate = min(1.0, self.done / args.warmup) * (1 - self.done)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return {"loss": loss.item(), "right": (logits.argmax(1) == labels).float().mean().item()}
+
+    def loss_to_teacher(self, x, features, logits, label_loss, places) -> torch.Tensor:
+        """Return the loss of a pupil.
+
+        It is 0.3 of the loss to the labels, plus 0.7 of the loss to the teacher's probabilities, plus the weighted
+        squared error to the teacher's features at each place.
+        """
+        with torch.no_grad():
+            seen = self.teacher.look(x)
+            said = self.teacher.name(seen).float().softmax(1)
+            seen = F.layer_norm(seen.float(), seen.shape[-1:])
+        if places is not None:
+            seen = seen[:, places]
+        error = F.mse_loss(self.model.translate(features).float(), seen)
+        names = 0.3 * label_loss + 0.7 * F.cross_entropy(logits, said)
+        share = min(1.0, max(0.0, (self.done - self.args.names_from) / 0.1)) if self.args.names_from else 1.0
+        return share * names + self.args.feature_weight * error
+
+    def measure(self) -> float:
+        """Return the share of the pictures of the dev style that are named right."""
+        with torch.autocast("cpu", torch.bfloat16):
+            right = measure(self.eyes, self.concepts, *self.dev)["right"]
+        self.model.train()
+        return right
+
+    def save_state(self) -> None:
+        """Write the checkpoint state.pt; an interruption leaves the old file whole."""
+        state = {"step": self.step, "seconds": self.seconds, "model": self.model.state_dict()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        new = self.args.output / "state.new"
+        torch.save(state, new)
+        new.replace(self.args.output / "state.pt")
+
+    def load_state(self) -> None:
+        """Read the checkpoint state.pt into the model, the optimizers and the clock."""
+        state = torch.load(self.args.output / "state.pt", weights_only=True)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        for optimizer, found in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(found)
+
+
+def white_pictures(drawings: Drawings) -> tuple[torch.Tensor, list[str]]:
+    """Return the drawings on white, (N, 3, 128, 128) in [0, 1], and their concepts."""
+    if len(drawings.styles) == 0:
+        raise ValueError(
+            f"The drawings have none in the style {DEV_STYLE} to measure on. Give --dev data/dev.parquet."
+        )
+    return on_white(torch.from_numpy(drawings.pixels), SIZE), drawings.concepts.tolist()
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """Return a generator of random numbers whose seed depends only on `numbers`."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(seed)
+
+
+def main(argv=None) -> None:
+    """Train until --minutes are over; log, measure and save at the times that the options give."""
+    args = parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    run = Run(args)
+    if (args.output / "state.pt").is_file():
+        run.load_state()
+    (args.output / "args.json").write_text(json.dumps(vars(args), default=str, indent=1))
+    start, began, right = time.time(), run.seconds, 0.0
+    due = run.seconds + 60 * args.measure_every
+    while run.done < 1:
+        clock = time.process_time()
+        values = run.train_step()
+        run.seconds += time.process_time() - clock
+        right = 0.98 * right + 0.02 * values["right"]
+        stop = args.stop_after and run.seconds - began > 60 * args.stop_after
+        if run.seconds >= due or run.done >= 1 or stop:
+            due += 60 * args.measure_every
+            entry = {"step": run.step, "pictures": run.step * args.batch, "minutes": round(run.seconds / 60, 2),
+                     "loss": round(values["loss"], 3), "train": round(right, 4), "dev": round(run.measure(), 4),
+                     "wall": round((time.time() - start) / 60, 1)}  # fmt: skip
+            print(json.dumps(entry), flush=True)
+            with (args.output / "log.jsonl").open("a") as log:
+                log.write(json.dumps(entry) + "\n")
+            run.save_state()
+            if stop:
+                return
+    save(run.eyes, run.concepts, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,116 @@
+"""Write questions about places and questions in two steps, and score answers that are places.
+
+Places are in per cent of the picture's width and height, from the top left corner: a point is "37,62", a box is
+"12,40,55,88" (left, top, right, bottom). They are computed from where each thing was drawn, so they are exact.
+"""
+
+import re
+
+from tools.emoji.concepts import LANGUAGES, Concept
+from tools.emoji.pictures import BACKGROUNDS, SIZE
+from tools.emoji.questions import ask, color_name
+
+GROUNDING_TASKS = ("point", "box", "above", "count_colour")
+IOU = 0.5  # smallest IoU of an answered box with the true box that counts as right
+
+
+def to_percent(box: tuple) -> tuple[int, int, int, int]:
+    """Return a box in pixels as whole per cent of the picture."""
+    return tuple(round(100 * value / SIZE) for value in box)
+
+
+def read_numbers(text: str, count: int) -> tuple[int, ...] | None:
+    """Return `count` numbers from 0 to 100 that are separated by English or Chinese commas.
+
+    Return None for any other text.
+    """
+    parts = re.split(r"\s*[,，]\s*", text.strip().rstrip(".。"))
+    if len(parts) != count or not all(re.fullmatch(r"\d{1,3}", part) and int(part) <= 100 for part in parts):
+        return None
+    return tuple(map(int, parts))
+
+
+def iou(a: tuple, b: tuple) -> float:
+    """Return the area that two boxes share, divided by the area of their union."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    areas = sum(max(c[2] - c[0], 0) * max(c[3] - c[1], 0) for c in (a, b))
+    return shared / (areas - shared) if areas > shared else 0.0
+
+
+def is_right(task: str, output: str, box) -> bool:
+    """Return whether an answer is right: a point inside the true box, or a box with an IoU of at least 0.5."""
+    numbers = read_numbers(output, {"point": 2, "box": 4}[task])
+    if numbers is None:
+        return False
+    if task == "box":
+        return iou(numbers, box) >= IOU
+    left, top, right, bottom = box
+    return left <= numbers[0] <= right and top <= numbers[1] <= bottom
+
+
+def only_above(things: list, position: tuple) -> Concept | None:
+    """Return the only thing above `position` if it is in the same column, else None.
+
+    `things` are (concept, position) pairs.
+    """
+    _, row, column = position
+    found = [(concept, place) for concept, place in things if place[1] < row]
+    if len(found) == 1 and found[0][1][2] == column:
+        return found[0][0]
+    return None
+
+
+def grounding_rows(rng, index: int, things: list, canonical: bool) -> list[tuple]:
+    """Return rows (task, language, question, answer, box or None) on a scene, one per task that has an answer.
+
+    Args:
+        index: number of the scene; even or odd decides the language of each task.
+        things: list of `scenes.Thing`.
+        canonical: True for questions in their canonical form.
+    """
+    concepts = [thing.concept for thing in things]
+    once = [thing for thing in things if concepts.count(thing.concept) == 1]
+    pairs = [(thing.concept, thing.position) for thing in things]
+    rows = []
+
+    def add(task, turn, concept, answer, box=None, **values):
+        language = LANGUAGES[(index + turn) % 2]
+        values = {key: color_name(value, language) for key, value in values.items()}
+        answer = answer.name(language) if isinstance(answer, Concept) else answer
+        rows.append((task, language, ask(rng, task, language, canonical, concept, **values), answer, box))
+
+    if once:
+        thing = rng.choice(once)
+        left, top, right, bottom = thing.box
+        x, y = round(50 * (left + right) / SIZE), round(50 * (top + bottom) / SIZE)
+        add("point", 0, thing.concept, f"{x},{y}", to_percent(thing.box))
+        thing = rng.choice(once)
+        add("box", 1, thing.concept, ",".join(map(str, to_percent(thing.box))), to_percent(thing.box))
+    above = [(thing.concept, found) for thing in once if (found := only_above(pairs, thing.position))]
+    if above:
+        add("above", 0, *rng.choice(above))
+    if kind := colour_question(rng, things):
+        concept, colour, count = kind
+        add("count_colour", 1, concept, str(count), colour=colour)
+    return rows
+
+
+def colour_question(rng, things: list) -> tuple[Concept, str, int] | None:
+    """Return a concept, a colour, and how many copies of the concept have this colour: none, some or all.
+
+    All copies of the concept have a clear colour. Return None if the scene has no such concept.
+    """
+    clear = [c for c in dict.fromkeys(t.concept for t in things) if all(t.colour for t in things if t.concept is c)]
+    if not clear:
+        return None
+    concept = rng.choice(clear)
+    colours = [thing.colour for thing in things if thing.concept is concept]
+    # Half of the wrong colours are those of other things, so a model that looks only at the colour answers wrong.
+    others = sorted({t.colour for t in things if t.colour} - set(colours))
+    if rng.random() < 0.3:
+        colour = rng.choice(others if others and rng.random() < 0.5 else sorted(BACKGROUNDS.keys() - set(colours)))
+    else:
+        colour = rng.choice(colours)
+    return concept, colour, colours.count(colour)
