@@ -67,12 +67,12 @@ def parse_args(argv: list[str] | None = None) -> TrainArgs:
     """
     parser = TrainParser()
     try:
-        path = parser.parse_known_args(argv)[0].recipe
-        if path:
-            path = find_recipe(path)
-            parser.set_defaults(**read_recipe(path))  # argparse converts the string that YAML makes of `1e-5`
+        name = parser.parse_known_args(argv)[0].recipe
+        path = find_recipe(name) if name else None
+        recipe = read_recipe(path) if path else {}
+        parser.set_defaults(**recipe)  # argparse converts the string that YAML makes of `1e-5`
         args = TrainArgs(**vars(parser.parse_args(argv)))
-        warn_unused(args, read_recipe(path) if path else {})
+        warn_unused(args, recipe)
         args = replace(args, recipe=str(path) if path else None, **read_mappings(args))
         check_options(args)
     except ValueError as error:
