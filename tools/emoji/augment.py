@@ -23,8 +23,44 @@ def augment(pixels, mono, size: int, k: float, generator) -> torch.Tensor:
     Returns:
         Pictures (B, 3, size, size) in [0, 1].
     """
-    parts = zip(pixels.split(CHUNK), mono.split(CHUNK))
-    return torch.cat([Hand(len(p), size, k, generator).draw(p, m) for p, m in parts])
+    return compose(pixels, mono, torch.zeros(len(pixels), 1, dtype=torch.long), 1, size, k, generator)[0]
+
+
+def compose(pixels, mono, cells, grid: int, size: int, k: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn drawings into augmented pictures that each show n of them.
+
+    Args:
+        pixels: (B * n, 4, 96, 96) uint8, RGBA drawings; each n that follow one another share a picture.
+        mono: (B * n,) bool, True for a drawing of one colour; it gets a random fill.
+        cells: (B, n) the cell of each drawing, a number below `grid` * `grid` that counts row by row.
+        grid: number of cells along a side of the picture.
+        size: side of the pictures in pixels.
+        k: strength, 0 to 1.
+        generator: source of all random numbers.
+
+    Returns:
+        Pictures (B, 3, size, size) in [0, 1], and their coverage (B, size, size): 1 where a drawing is opaque.
+    """
+    n, pictures, coverage = cells.shape[1], [], []
+    per_chunk = max(1, CHUNK // n)
+    for i in range(0, len(cells), per_chunk):
+        there = cells[i : i + per_chunk]
+        hand, rows = Hand(there.numel(), -(-size // grid), k, generator), slice(i * n, i * n + there.numel())
+        x = hand.draw(pixels[rows], mono[rows])
+        if grid > 1:
+            x = lay_out(x, there, grid)[..., :size, :size]
+        picture = Hand(len(there), size, k, generator).finish(x)
+        pictures.append(picture)
+        coverage.append(x[:, 3])
+    return torch.cat(pictures), torch.cat(coverage)
+
+
+def lay_out(x, cells, grid: int) -> torch.Tensor:
+    """Put tiles (B * n, C, t, t) into the cells (B, n) of transparent pictures (B, C, grid * t, grid * t)."""
+    (B, n), (C, t) = cells.shape, x.shape[1:3]
+    canvas = x.new_zeros(B, grid * grid, C, t, t)
+    canvas[torch.arange(B)[:, None], cells] = x.view(B, n, C, t, t)
+    return canvas.view(B, grid, grid, C, t, t).permute(0, 3, 1, 4, 2, 5).reshape(B, C, grid * t, grid * t)
 
 
 def on_white(pixels, size: int) -> torch.Tensor:
@@ -75,15 +111,21 @@ class Hand:
         return torch.nonzero(self.uniform(self.B) < share * self.k).flatten()
 
     def draw(self, pixels, mono) -> torch.Tensor:
-        """Turn drawings (B, 4, h, h) into pictures (B, 3, size, size); `mono` marks drawings of one colour."""
+        """Turn drawings (B, 4, h, h) into tiles (B, 4, size, size) whose colours are multiplied by their alpha.
+
+        `mono` marks drawings of one colour.
+        """
         x = pixels.float().div_(255)
         x[mono, :3] = self.uniform(int(mono.sum()), 3, 1, 1) * 0.6
         x[:, :3] = self.repaint(x[:, :3]) * x[:, 3:]  # multiply by alpha, because `move` interpolates
         x = self.move(x)
         self.outline(x)
+        return x
+
+    def finish(self, x) -> torch.Tensor:
+        """Put a ground behind what `draw` returned, and spoil some of the pictures (B, 3, size, size)."""
         ground = torch.where(self.uniform(self.B, 1) < 1 - 0.65 * self.k, 1.0, self.uniform(self.B, 3))
-        y = x[:, :3].addcmul_(ground[:, :, None, None], 1 - x[:, 3:])
-        return self.spoil(y)
+        return self.spoil(x[:, :3].addcmul(ground[:, :, None, None], 1 - x[:, 3:]))
 
     def repaint(self, colour) -> torch.Tensor:
         """Return the colours (B, 3, h, h) with random channel mixing, brightness, contrast and gamma.
@@ -117,7 +159,7 @@ class Hand:
         rows = self.chosen(0.3)
         if len(rows) == 0:
             return
-        wide = self.size // 64 * 2 + 1
+        wide = max(1, self.size // 64) * 2 + 1
         alpha = x[rows, 3:].clamp(0, 1)
         outer = grow(alpha, wide // 2)
         edge = (outer + grow(-alpha, wide // 2)).clamp(0, 1)

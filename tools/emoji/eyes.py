@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, CLIPVisionConfig, ResNetConfig
 
@@ -65,25 +66,51 @@ class Eyes(nn.Module):
         x = self.tower.encoder(inputs_embeds=self.tower.pre_layrnorm(x)).last_hidden_state
         return x[:, 1:]
 
-    def name(self, features) -> torch.Tensor:
+    def name(self, features, weights=None) -> torch.Tensor:
         """Return the logits (B, classes) of features (B, P, V).
 
         It averages the patches instead of using the class token, because a decoder will read the patches.
+
+        Args:
+            weights: (B, n, P) how much each place belongs to each of n things; the result is then (B, n, classes).
+                None: one thing, to which all places belong equally.
         """
-        return self.head(self.norm(features.mean(1)))
+        pooled = features.mean(1) if weights is None else weights.to(features.dtype) @ features
+        return self.head(self.norm(pooled))
 
     def forward(self, pixels) -> torch.Tensor:
         """Return the logits (B, classes) of pictures (B, 3, 128, 128) in [0, 1]."""
         return self.name(self.look(pixels))
 
 
-class Pupil(nn.Module):
-    """Hold eyes, and a linear map from their features to the `teacher_width` channels of the teacher's features."""
+class Learner(nn.Module):
+    """Hold eyes and what only their training needs: linear maps from the feature of a place to other targets.
+
+    `trace` returns 16 logits: whether a thing covers each sixteenth of the place. Names alone would let the eyes
+    forget where a thing ends, which a decoder needs to count, point and draw boxes. `translate` returns the
+    `teacher_width` channels of a teacher's feature.
+    """
 
     def __init__(self, eyes: Eyes, teacher_width: int):
         super().__init__()
         self.eyes = eyes
+        self.trace = nn.Linear(eyes.width, 16)
         self.translate = nn.Linear(eyes.width, teacher_width)
+
+
+def cell_weights(grid: int) -> torch.Tensor:
+    """Return how much of each cell lies in each place of the map, (grid * grid, 64); each row sums to 1."""
+    edges = torch.arange(grid + 1) * (8 / grid)
+    places = torch.arange(8)
+    share = (torch.minimum(edges[1:, None], places + 1) - torch.maximum(edges[:-1, None], places)).clamp(min=0)
+    share = share / share.sum(1, keepdim=True)  # (grid, 8)
+    return torch.einsum("rh,cw->rchw", share, share).reshape(grid * grid, 64)
+
+
+def traced(coverage) -> torch.Tensor:
+    """Return the target of `Learner.trace`, (B, 64, 16), of a coverage (B, 128, 128)."""
+    small = F.avg_pool2d(coverage[:, None], SIZE // 32)  # (B, 1, 32, 32)
+    return small.view(-1, 8, 4, 8, 4).transpose(2, 3).reshape(-1, 64, 16)
 
 
 def save(eyes: Eyes, concepts: list[str], folder: Path) -> None:

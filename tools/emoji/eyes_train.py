@@ -13,16 +13,17 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from minivlm.cli import Parser, run_command
-from tools.emoji.augment import augment, on_white
+from tools.emoji.augment import compose, on_white
 from tools.emoji.drawings import Drawings
-from tools.emoji.eyes import SIZE, Eyes, Pupil, build_optimizers, build_tower, load, save
-from tools.emoji.eyes_measure import measure, read_pictures
+from tools.emoji.eyes import SIZE, Eyes, Learner, build_optimizers, build_tower, cell_weights, load, save, traced
+from tools.emoji.eyes_measure import measure, measure_small, read_pictures
 from tools.emoji.sources import DEV_STYLE, TRAIN_STYLES
 
 
@@ -41,6 +42,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--teacher", type=Path, help="output folder of an earlier run to learn from")
     add("--minutes", type=float, default=25, help="CPU minutes of training (default: 25)")
     add("--batch", type=int, default=128, help="pictures per step (default: 128)")
+    add("--scenes", type=float, default=0.5, help="share of the pictures that show four small drawings, half of them "
+        "in a grid of 2 x 2 and half in a grid of 3 x 3 (default: 0.5)")  # fmt: skip
+    add("--trace_weight", type=float, default=1.0, help="weight of the loss on which parts of a picture are covered by "
+        "a drawing (default: 1)")  # fmt: skip
     add("--lr", type=float, default=4e-3, help="highest learning rate of AdamW (default: 4e-3)")
     add("--muon_lr", type=float, default=0.03, help="highest learning rate of Muon (default: 0.03)")
     add("--warmup", type=float, default=0.02, help="share of the run in which the learning rates rise (default: 0.02)")
@@ -57,6 +62,26 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+class Batch(NamedTuple):
+    """Hold B pictures that show up to n drawings each, and what is to be learned from them."""
+
+    pixels: torch.Tensor  # (B, 3, 128, 128) in [0, 1]
+    covered: torch.Tensor  # (B, 64, 16), see `traced`
+    weights: torch.Tensor  # (B, n, 64), the places of each drawing
+    labels: torch.Tensor  # (B, n) numbers of the concepts; -100 where a picture shows fewer drawings
+
+    def only(self, places) -> "Batch":
+        """Return the batch for a tower that sees only some of the places."""
+        weights = self.weights[..., places]
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+        return self._replace(covered=self.covered[:, places], weights=weights)
+
+    def mean(self, losses) -> torch.Tensor:
+        """Return the mean over pictures of the mean over the drawings of a picture; `losses` is (B * n,)."""
+        losses, shown = losses.view_as(self.labels), self.labels >= 0
+        return ((losses * shown).sum(1) / shown.sum(1)).mean()
+
+
 class Run:
     """Hold the model, the optimizers and the clock of one training run.
 
@@ -67,9 +92,10 @@ class Run:
         self.args, self.step, self.seconds = args, 0, 0.0
         drawings = Drawings.load(args.drawings)
         train = drawings.of(TRAIN_STYLES)
-        if len(train.styles) < args.batch:
-            raise ValueError(f"{args.drawings} has {len(train.styles)} training drawings, fewer than one batch of "
-                             f"{args.batch}. Lower --batch.")  # fmt: skip
+        self.per_grid = round(args.batch * args.scenes / 2)  # pictures with a grid of 2 x 2, and as many with 3 x 3
+        if len(train.styles) < (needed := args.batch + 6 * self.per_grid):
+            raise ValueError(f"{args.drawings} has {len(train.styles)} training drawings, fewer than the {needed} of "
+                             f"one step. Lower --batch.")  # fmt: skip
         self.concepts = sorted(set(train.concepts.tolist()))
         self.dev = read_pictures(args.dev) if args.dev else white_pictures(drawings.of([DEV_STYLE]))
         self.pixels, self.mono = torch.from_numpy(train.pixels), torch.from_numpy(train.mono)
@@ -83,7 +109,7 @@ class Run:
                 raise ValueError(f"{args.teacher} was trained on other concepts ({len(concepts)}, not "
                                  f"{len(self.concepts)}). Train it on {args.drawings}.")  # fmt: skip
             self.teacher.eval().requires_grad_(False)
-        self.model = Pupil(eyes, self.teacher.width if self.teacher else 1).train()
+        self.model = Learner(eyes, self.teacher.width if self.teacher else 1).train()
         self.eyes = self.model.eyes
         if args.tower == "resnet":
             eyes.to(memory_format=torch.channels_last)
@@ -94,28 +120,45 @@ class Run:
         """Return the finished share of the run, 0 to 1."""
         return self.seconds / (60 * self.args.minutes)
 
-    def batch(self) -> torch.Tensor:
-        """Return the indices of the drawings of this step; each epoch takes all drawings in another random order."""
-        per_epoch = len(self.pixels) // self.args.batch
+    def drawings(self, number: int) -> torch.Tensor:
+        """Return the indices of the `number` drawings of this step; each epoch takes all in another random order."""
+        per_epoch = len(self.pixels) // number
         epoch, i = divmod(self.step, per_epoch)
         order = torch.randperm(len(self.pixels), generator=generator(self.args.seed, epoch, 1))
-        return order[i * self.args.batch : (i + 1) * self.args.batch]
+        return order[i * number : (i + 1) * number]
+
+    def batch(self, rng) -> Batch:
+        """Compose the pictures of this step."""
+        strength = min(1.0, 0.25 + 0.75 * self.done / self.args.mild)
+        groups = [(1, self.args.batch - 2 * self.per_grid), (2, self.per_grid), (3, self.per_grid)]
+        groups = [(grid, pictures, min(4, grid * grid)) for grid, pictures in groups if pictures]
+        rows = self.drawings(sum(pictures * n for _, pictures, n in groups))
+        parts, start = [], 0
+        for grid, pictures, n in groups:
+            cells = torch.rand(pictures, grid * grid, generator=rng).argsort(1)[:, :n]
+            chosen = rows[start : (start := start + pictures * n)]
+            x, coverage = compose(self.pixels[chosen], self.mono[chosen], cells, grid, SIZE, strength, rng)
+            weights = F.pad(cell_weights(grid)[cells], (0, 0, 0, groups[-1][2] - n))
+            labels = F.pad(self.labels[chosen].view(pictures, n), (0, groups[-1][2] - n), value=-100)
+            parts.append(Batch(x, traced(coverage), weights, labels))
+        return Batch(*map(torch.cat, zip(*parts)))
 
     def train_step(self) -> dict[str, float]:
-        """Train on one batch; return its loss and the share of pictures named right."""
-        args, rows = self.args, self.batch()
-        strength = min(1.0, 0.25 + 0.75 * self.done / args.mild)
-        rng = generator(args.seed, self.step, 2)
-        x, labels = augment(self.pixels[rows], self.mono[rows], SIZE, strength, rng), self.labels[rows]
-        places = None
+        """Train on one batch; return its loss and the share of drawings named right."""
+        args, rng = self.args, generator(self.args.seed, self.step, 2)
+        batch, places = self.batch(rng), None
         if args.tower == "clip" and args.patches < 64 and self.done < args.whole_from:
             places = torch.randperm(64, generator=rng)[: args.patches].sort().values
+            batch = batch.only(places)
         with torch.autocast("cpu", torch.bfloat16):
-            features = self.eyes.look(x, places)
-            logits = self.eyes.name(features).float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+            features = self.eyes.look(batch.pixels, places)
+            logits = self.eyes.name(features, batch.weights).float()
+            loss = batch.mean(F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), label_smoothing=0.1,
+                                              reduction="none"))  # fmt: skip
             if self.teacher is not None:
-                loss = self.loss_to_teacher(x, features, logits, loss, places)
+                loss = self.loss_to_teacher(batch, features, logits, loss, places)
+            covered = self.model.trace(features).float()
+            loss = loss + args.trace_weight * F.binary_cross_entropy_with_logits(covered, batch.covered)
         loss.backward()
         rate = min(1.0, self.done / args.warmup) * (1 - self.done)
         for optimizer in self.optimizers:
@@ -124,31 +167,32 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        return {"loss": loss.item(), "right": (logits.argmax(1) == labels).float().mean().item()}
+        right = (logits.argmax(-1) == batch.labels)[batch.labels >= 0]
+        return {"loss": loss.item(), "right": right.float().mean().item()}
 
-    def loss_to_teacher(self, x, features, logits, label_loss, places) -> torch.Tensor:
+    def loss_to_teacher(self, batch, features, logits, label_loss, places) -> torch.Tensor:
         """Return the loss of a pupil.
 
         It is 0.3 of the loss to the labels, plus 0.7 of the loss to the teacher's probabilities, plus the weighted
         squared error to the teacher's features at each place.
         """
         with torch.no_grad():
-            seen = self.teacher.look(x)
-            said = self.teacher.name(seen).float().softmax(1)
+            seen = self.teacher.look(batch.pixels)
+            seen = seen if places is None else seen[:, places]
+            said = self.teacher.name(seen, batch.weights).float().softmax(-1)
             seen = F.layer_norm(seen.float(), seen.shape[-1:])
-        if places is not None:
-            seen = seen[:, places]
         error = F.mse_loss(self.model.translate(features).float(), seen)
-        names = 0.3 * label_loss + 0.7 * F.cross_entropy(logits, said)
+        names = 0.3 * label_loss + 0.7 * batch.mean(-(said * logits.log_softmax(-1)).sum(-1).flatten())
         share = min(1.0, max(0.0, (self.done - self.args.names_from) / 0.1)) if self.args.names_from else 1.0
         return share * names + self.args.feature_weight * error
 
-    def measure(self) -> float:
-        """Return the share of the pictures of the dev style that are named right."""
+    def measure(self) -> dict[str, float]:
+        """Return the share of the pictures of the dev style that are named right, whole and four in a picture."""
         with torch.autocast("cpu", torch.bfloat16):
-            right = measure(self.eyes, self.concepts, *self.dev)["right"]
+            found = measure(self.eyes, self.concepts, *self.dev)["right"]
+            small = measure_small(self.eyes, self.concepts, *self.dev)
         self.model.train()
-        return right
+        return {"dev": round(found, 4), "dev_small": round(small, 4)}
 
     def save_state(self) -> None:
         """Write the checkpoint state.pt; an interruption leaves the old file whole."""
@@ -202,7 +246,7 @@ def main(argv=None) -> None:
         if run.seconds >= due or run.done >= 1 or stop:
             due += 60 * args.measure_every
             entry = {"step": run.step, "pictures": run.step * args.batch, "minutes": round(run.seconds / 60, 2),
-                     "loss": round(values["loss"], 3), "train": round(right, 4), "dev": round(run.measure(), 4),
+                     "loss": round(values["loss"], 3), "train": round(right, 4), **run.measure(),
                      "wall": round((time.time() - start) / 60, 1)}  # fmt: skip
             print(json.dumps(entry), flush=True)
             with (args.output / "log.jsonl").open("a") as log:
