@@ -103,8 +103,9 @@ class MiniVLMTextConfig(PreTrainedConfig):
 # `trust_remote_code=False` would stop refusing.
 AutoConfig.register("minivlm_text", MiniVLMTextConfig, exist_ok=True)
 
+CONVOLUTIONAL_TOWERS = ("resnet", "convnext", "convnextv2")  # their output is a feature map (N, V, rows, columns)
 # Vision towers whose output starts with no class token; the others have one, and `num_register_tokens` after it.
-TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model",)
+TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", *CONVOLUTIONAL_TOWERS)
 
 
 def sub_config(value: dict | PreTrainedConfig | None, model_type: str, **defaults) -> PreTrainedConfig:
@@ -122,12 +123,13 @@ class MiniVLMConfig(PreTrainedConfig):
     """A vision-language model: picture -> tower -> projector -> written over the image tokens -> decoder.
 
     Args:
-        vision_config: any transformers vision configuration, default CLIP ViT-B/16 at 224 px.
+        vision_config: any transformers vision configuration, default CLIP ViT-B/16 at 224 px. A ResNet or ConvNeXt
+            also needs `image_size`, which transformers leaves open; its last feature map takes the place of patches.
         text_config: any transformers causal-LM configuration, default `MiniVLMTextConfig`.
         image_token_id: id of the placeholder token; one placeholder stands for one image feature.
         vision_feature_layer: which hidden state of the tower is read, counted as in LLaVA (0 is the embedding output,
             -1 the last block before the tower's final norm, -2 the one before). Blocks after it are not built. `None`
-            reads the tower's own output, final norm included where the tower has one.
+            reads the tower's own output, final norm included where the tower has one; a convolutional tower needs it.
         vision_feature_select_strategy: "default" drops class and register tokens, "full" keeps all tokens.
         projector_type: "mlp" is LLaVA-1.5's two-layer MLP (arXiv 2310.03744), "linear" one matrix (MiniMind2-V).
         projector_layer_norm: put a LayerNorm before the projector, as MiniMind-3V does.
@@ -171,9 +173,22 @@ class MiniVLMConfig(PreTrainedConfig):
         }
 
     @property
+    def is_convolutional(self) -> bool:
+        """True if the tower's output is a feature map, not a sequence of patches."""
+        return self.vision_config.model_type in CONVOLUTIONAL_TOWERS
+
+    @property
+    def vision_hidden_size(self) -> int:
+        """Width of the tower's features."""
+        return self.vision_config.hidden_sizes[-1] if self.is_convolutional else self.vision_config.hidden_size
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
-        """Rows and columns of the tower's patches."""
-        size, patch = self.vision_config.image_size, self.vision_config.patch_size
+        """Rows and columns of the tower's patches, or of the places of a convolutional tower's last feature map."""
+        vision = self.vision_config
+        size, patch = vision.image_size, getattr(vision, "patch_size", 4)  # the stem of a ResNet halves twice
+        if self.is_convolutional:
+            patch *= 2 ** (len(vision.hidden_sizes) - 1) * (1 + getattr(vision, "downsample_in_first_stage", False))
         height, width = (size, size) if isinstance(size, int) else size
         patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
         return height // patch_height, width // patch_width
@@ -190,19 +205,22 @@ class MiniVLMConfig(PreTrainedConfig):
 
     @property
     def num_vision_layers(self) -> int:
-        """Blocks of the tower that are needed for `vision_feature_layer`."""
-        layers = self.vision_config.num_hidden_layers
+        """Blocks of the tower that are needed for `vision_feature_layer`; stages of a convolutional tower, all."""
+        vision = self.vision_config
+        layers = len(vision.depths) if self.is_convolutional else vision.num_hidden_layers
         if self.vision_feature_layer is None:
             return layers
         return self.vision_feature_layer + (layers + 1 if self.vision_feature_layer < 0 else 0)
 
     def validate_architecture(self):
         vision, text = self.vision_config, self.text_config
+        if self.is_convolutional:
+            self.validate_convolutional()
         missing = [name for name in ("image_size", "patch_size", "num_hidden_layers") if not hasattr(vision, name)]
-        if missing:
+        if missing and not self.is_convolutional:
             raise ValueError(
                 f"`vision_config` of type {vision.model_type!r} has no {', '.join(missing)}: it is not a vision "
-                "transformer. Use a CLIP, SigLIP, DINO or ViT vision configuration."
+                "transformer. Use a CLIP, SigLIP, DINO, ViT, ResNet or ConvNeXt vision configuration."
             )
         if not hasattr(text, "vocab_size"):
             raise ValueError(
@@ -214,7 +232,7 @@ class MiniVLMConfig(PreTrainedConfig):
                 f"`image_token_id`={self.image_token_id} is outside the vocabulary of {text.vocab_size} entries. "
                 "Add the image token to the tokenizer and resize the embeddings, or correct the id."
             )
-        if not 1 <= self.num_vision_layers <= vision.num_hidden_layers:
+        if not self.is_convolutional and not 1 <= self.num_vision_layers <= vision.num_hidden_layers:
             raise ValueError(
                 f"`vision_feature_layer`={self.vision_feature_layer} does not name a block of a tower with "
                 f"{vision.num_hidden_layers}. Use 1 to {vision.num_hidden_layers}, "
@@ -232,6 +250,19 @@ class MiniVLMConfig(PreTrainedConfig):
             raise ValueError(
                 "`pixel_shuffle_factor` above 1 folds a square grid of patches, but "
                 '`vision_feature_select_strategy`="full" keeps the class token. Use "default".'
+            )
+
+    def validate_convolutional(self):
+        vision = self.vision_config
+        if getattr(vision, "image_size", None) is None:
+            raise ValueError(
+                f"`vision_config` of type {vision.model_type!r} has no image_size, on which the number of image tokens "
+                "depends. Add it, in pixels."
+            )
+        if self.vision_feature_layer is not None:
+            raise ValueError(
+                f"`vision_feature_layer`={self.vision_feature_layer} names a block, but a tower of type "
+                f"{vision.model_type!r} has stages with maps of different sizes. Use None, which reads the last map."
             )
 
 

@@ -255,7 +255,7 @@ class MiniVLMMultiModalProjector(nn.Module):
     def __init__(self, config: MiniVLMConfig):
         super().__init__()
         self.factor, self.grid = config.pixel_shuffle_factor, config.patch_grid
-        width_in = config.vision_config.hidden_size * self.factor**2
+        width_in = config.vision_hidden_size * self.factor**2
         width_out, bias = config.text_config.hidden_size, config.multimodal_projector_bias
         self.layer_norm = nn.LayerNorm(width_in) if config.projector_layer_norm else nn.Identity()
         self.linear_1 = nn.Linear(width_in, width_out, bias=bias)
@@ -279,12 +279,16 @@ def build_vision_tower(config: MiniVLMConfig) -> PreTrainedModel:
     A part that is built but not used gets no gradient, which hangs distributed training, and costs time for nothing.
     """
     tower = AutoModel.from_config(config.vision_config)
+    if config.is_convolutional:
+        for name in {"pooler", "layernorm"} & dict(tower.named_children()).keys():  # they act on the pooled map alone
+            setattr(tower, name, nn.Identity())
+        return tower
     depth = config.vision_config.num_hidden_layers
     blocks = next((m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
     if blocks is None:
         raise ValueError(
             f"A tower of type {config.vision_config.model_type!r} has no list of {depth} blocks to choose from. "
-            "Use a CLIP, SigLIP, DINO or ViT vision configuration."
+            "Use a CLIP, SigLIP, DINO, ViT, ResNet or ConvNeXt vision configuration."
         )
     del blocks[config.num_vision_layers :]
     unused = ["head", "pooler"]
@@ -340,6 +344,13 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
+    def train(self, mode: bool = True):
+        """Set the mode of all modules; a frozen tower stays in evaluation mode, or batch norms would go on changing."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        return self
+
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
         """Encode pictures (N, 3, H, W); `pooler_output` of the result holds the decoder's embeddings (N, I, D)."""
@@ -350,12 +361,17 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
             )
         kwargs["return_dict"] = True
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
-        features = outputs.last_hidden_state  # (N, class and register tokens + P, V)
-        if self.config.vision_feature_select_strategy == "default":
-            rows, columns = self.config.patch_grid
-            features = features[:, features.shape[1] - rows * columns :]  # (N, P, V)
-        outputs.pooler_output = self.multi_modal_projector(features)
+        outputs.pooler_output = self.multi_modal_projector(self.select_features(outputs.last_hidden_state))
         return outputs
+
+    def select_features(self, features):
+        """Return what the projector reads, (N, P, V), of a tower's output: a sequence, or a map (N, V, rows, columns)."""
+        if features.ndim == 4:
+            return features.flatten(2).transpose(1, 2)
+        if self.config.vision_feature_select_strategy == "default":  # class and register tokens come first
+            rows, columns = self.config.patch_grid
+            features = features[:, features.shape[1] - rows * columns :]
+        return features
 
     def merge_image_features(self, input_ids, inputs_embeds, features):
         """Write `features` (N, I, D) over the embeddings of the image placeholders, in reading order."""

@@ -42,6 +42,8 @@ def special_tokens(vision: PreTrainedConfig) -> int:
 def beyond_llava(config: MiniVLMConfig) -> list[str]:
     """Return the settings of projector and tower that LLaVA cannot express, a phrase each."""
     vision, problems = config.vision_config, []
+    if config.is_convolutional:
+        problems.append(f"a tower of type {vision.model_type!r} (LLaVA reads patches of a transformer)")
     if config.projector_type != "mlp" or config.projector_layer_norm or config.pixel_shuffle_factor > 1:
         problems.append(
             f"projector_type={config.projector_type!r} with projector_layer_norm={config.projector_layer_norm} and "

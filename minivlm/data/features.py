@@ -58,11 +58,9 @@ class FeatureCache:
 
     def __init__(self, folder: str, model: MiniVLMForConditionalGeneration, encoder: Encoder, dtype: torch.dtype):
         config, self.tower = model.config, model.model.vision_tower
-        self.patches, self.dtype = config.patch_grid[0] * config.patch_grid[1], dtype
-        self.only_patches = config.vision_feature_select_strategy == "default"
-        # Without "default" the pixel shuffle is 1, so there is an image token for each of the tower's tokens.
-        tokens = self.patches if self.only_patches else config.image_seq_length
-        self.shape = torch.Size((tokens, config.vision_config.hidden_size))  # (P, V) of a picture
+        self.select, self.dtype = model.model.select_features, dtype
+        tokens = config.image_seq_length * config.pixel_shuffle_factor**2
+        self.shape = torch.Size((tokens, config.vision_hidden_size))  # (P, V) of a picture
         settings = [self.tower.config.to_dict(), encoder.processor.image_processor.to_dict(), str(dtype)]
         settings.append(config.vision_feature_select_strategy)
         key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -107,8 +105,7 @@ class FeatureCache:
     def encode(self, pixels: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
         """Return the features (N, P, V) of pixel values (N, 3, H, W)."""
         with accelerator.autocast():
-            features = self.tower(pixels.to(accelerator.device)).last_hidden_state
-        features = features[:, -self.patches :] if self.only_patches else features
+            features = self.select(self.tower(pixels.to(accelerator.device)).last_hidden_state)
         assert features.shape[1:] == self.shape, (features.shape, self.shape)
         return features.to(self.dtype).cpu()
 
