@@ -215,7 +215,7 @@ class MiniVLMConfig(PreTrainedConfig):
     def validate_architecture(self):
         vision, text = self.vision_config, self.text_config
         if self.is_convolutional:
-            self.validate_convolutional()
+            self._check_feature_map()
         missing = [name for name in ("image_size", "patch_size", "num_hidden_layers") if not hasattr(vision, name)]
         if missing and not self.is_convolutional:
             raise ValueError(
@@ -252,12 +252,12 @@ class MiniVLMConfig(PreTrainedConfig):
                 '`vision_feature_select_strategy`="full" keeps the class token. Use "default".'
             )
 
-    def validate_convolutional(self):
+    def _check_feature_map(self):
         vision = self.vision_config
         if getattr(vision, "image_size", None) is None:
             raise ValueError(
-                f"`vision_config` of type {vision.model_type!r} has no image_size, on which the number of image tokens "
-                "depends. Add it, in pixels."
+                f"`vision_config` of type {vision.model_type!r} has no image_size, which decides the number of image "
+                "tokens. Add it, in pixels."
             )
         if self.vision_feature_layer is not None:
             raise ValueError(

@@ -345,7 +345,7 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True):
-        """Set the mode of all modules; a frozen tower stays in evaluation mode, or batch norms would go on changing."""
+        """Set the mode of all modules; a frozen tower stays in evaluation mode, or its batch norms would change."""
         super().train(mode)
         if not any(p.requires_grad for p in self.vision_tower.parameters()):
             self.vision_tower.eval()
@@ -365,7 +365,7 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
         return outputs
 
     def select_features(self, features):
-        """Return what the projector reads, (N, P, V), of a tower's output: a sequence, or a map (N, V, rows, columns)."""
+        """Return (N, P, V), what the projector reads of a tower's output, which may be a map (N, V, rows, columns)."""
         if features.ndim == 4:
             return features.flatten(2).transpose(1, 2)
         if self.config.vision_feature_select_strategy == "default":  # class and register tokens come first

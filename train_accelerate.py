@@ -26,9 +26,11 @@ from safetensors import SafetensorError
 from minivlm.cli import run_command
 from minivlm.data.bad_rows import describe_bad_rows
 from minivlm.data.collators import PackingCollator, PaddingCollator
+from minivlm.data.composed import Composer, load_composer
 from minivlm.data.encoder import IGNORE, Encoder
 from minivlm.data.features import use_cached_features
 from minivlm.data.loader import MicroBatches, check_pictures, choose_rows, make_loader
+from minivlm.data.options import is_composed
 from minivlm.data.rows import Rows, StreamSource, load_rows, load_streams
 from minivlm.evaluation.on_the_way import sample_sheet, score_on_all_ranks
 from minivlm.evaluation.scoring import evaluate, print_table
@@ -112,10 +114,12 @@ def main(argv: list[str] | None = None) -> Path:
     return Path(args.output_dir) / "final"
 
 
-def read_rows(args: TrainArgs) -> Rows | list[StreamSource]:
-    """Return the rows to train on, or the sources to stream them from."""
+def read_rows(args: TrainArgs) -> Rows | Composer | list[StreamSource]:
+    """Return the rows to train on, what composes them, or the sources to stream them from."""
     if args.streaming:
         return load_streams(args.data, args.min_rating)
+    if is_composed(args.data):
+        return load_composer(args.data[0], args.seed)
     rows = choose_rows(args, quiet=os.environ.get("RANK", "0") != "0")  # no state yet: it would fix the device
     check_pictures(rows, args.train)
     return rows

@@ -15,7 +15,7 @@ pytest.importorskip("resvg_py")
 
 from transformers import AutoModel
 
-from tools.emoji import drawings, eyes_measure, eyes_train, prepare, scenes
+from tools.emoji import composer, drawings, eyes_measure, eyes_train, prepare
 from tools.emoji.augment import augment, grow, on_white
 from tools.emoji.drawings import Drawings
 from tools.emoji.eyes import Eyes, Muon, build_tower, load, orthogonal
@@ -128,7 +128,7 @@ def test_measuring_reads_each_named_picture_once_and_keeps_to_the_allowed_names(
     assert measure(Fixed(), names, pixels[:5], concepts[:5], among=set(names[:5]))["right"] == 1
 
 
-@pytest.mark.parametrize("command", (drawings, eyes_measure, eyes_train, prepare, scenes))
+@pytest.mark.parametrize("command", (composer, drawings, eyes_measure, eyes_train, prepare))
 def test_a_misspelt_option_is_reported_in_one_line(command, capsys):
     with pytest.raises(SystemExit) as error:
         command.main(["--pakages", "x"])

@@ -13,13 +13,14 @@ from PIL import Image, ImageDraw
 pytest.importorskip("resvg_py")
 
 from processing_minivlm import to_rgb
+from tools.emoji.composer import Composer
 from tools.emoji.concepts import Concept
 from tools.emoji.drawings import Drawings, centred, load_concept_table, save_concept_table
 from tools.emoji.grounding import colour_question, grounding_rows, iou, is_right, only_above, read_numbers, to_percent
 from tools.emoji.photos import photo_rows, read_credits, read_resources
 from tools.emoji.pictures import BACKGROUNDS, SIZE, choose_ground, draw_single, look
 from tools.emoji.questions import only_left
-from tools.emoji.scenes import Album, Composer, Thing
+from tools.emoji.scenes import Album, Thing
 from tools.emoji.sources import match_numbered
 
 STYLES = ("noto", "symbola")  # one with colours, one of a single colour

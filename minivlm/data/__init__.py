@@ -8,6 +8,7 @@
      3         rows         `Rows`, all sources as one list of samples, filtered; or streams that are read in order
      4         encoder      token ids, labels and pixel values of a sample
      5         dataset      encoded rows by (epoch, row numbers); a bad row is reported and replaced
+     3 and 5   composed     the same of rows that a module composes during training
      6         plans        row numbers of each batch: rows of similar length, or packs that rows fill
      7         collators    tensors of a micro-batch: rows padded to one length, or one after another
      -         options      `DataArgs`: the options of all stages

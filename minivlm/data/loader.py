@@ -8,6 +8,7 @@ from functools import partial
 from torch.utils.data import DataLoader
 
 from minivlm.data.bad_rows import BadRow, describe_bad_rows, kind_of
+from minivlm.data.composed import ComposedRows, Composer
 from minivlm.data.dataset import TrainingRows
 from minivlm.data.encoder import Encoder
 from minivlm.data.options import DataArgs
@@ -91,7 +92,7 @@ def make_plan(rows: Rows, encoder: Encoder, args: DataArgs, quiet: bool = False)
 
 
 def make_loader(
-    rows: Rows | list[StreamSource],
+    rows: Rows | Composer | list[StreamSource],
     encoder: Encoder,
     collate: Callable,
     args: DataArgs,
@@ -102,7 +103,7 @@ def make_loader(
     """Return the micro-batches of one rank from `start_step` on; rank 0 shows the progress of measuring rows.
 
     Args:
-        rows: from `choose_rows`, or with `args.streaming` from `load_streams`.
+        rows: from `choose_rows`, from `load_composer`, or with `args.streaming` from `load_streams`.
         collate: `PackingCollator` with `args.packing`, else `PaddingCollator`.
         start_step: optimizer steps already taken.
     """
@@ -110,7 +111,12 @@ def make_loader(
     if args.streaming:
         order = StreamedBatches(rows, encoder, collate, args, **share)
         return MicroBatches(DataLoader(order, batch_size=None, num_workers=args.workers), order.accumulation)
-    sampler = GlobalBatchSampler(make_plan(rows, encoder, args, quiet=rank > 0), args.micro_batch_size, **share)
-    dataset = TrainingRows(rows, encoder, seed=args.seed, augment=args.augment, packed=args.packing)
+    if isinstance(rows, Rows):
+        plan = make_plan(rows, encoder, args, quiet=rank > 0)
+        dataset = TrainingRows(rows, encoder, seed=args.seed, augment=args.augment, packed=args.packing)
+    else:  # nobody knows the lengths of pictures that are not composed yet
+        plan = PaddedPlan([(i,) for i in range(len(rows))], [0] * len(rows), args.batch_size, args.seed)
+        dataset = ComposedRows(rows, encoder, args.share_pictures, args.data[0])
+    sampler = GlobalBatchSampler(plan, args.micro_batch_size, **share)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers)
     return MicroBatches(loader, sampler.accumulation, sampler)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from minivlm.cli import option
 from minivlm.data.schemas import SCHEMAS
 
+COMPOSE = "compose:"  # before the name of a module that composes the rows, see minivlm.data.composed
 DATA_HELP = (
     "Data to train on, schemas mixed at will: parquet, jsonl, json or webdataset tar files, folders or globs of them, "
     "or hub:owner/name[:config[:split]]. The schema is told from the columns; FILE::SCHEMA forces one of "
-    f"{', '.join(schema.__name__ for schema in SCHEMAS)}. Pictures given by name lie in the folder of their file."
+    f"{', '.join(schema.__name__ for schema in SCHEMAS)}. Pictures given by name lie in the folder of their file. "
+    "compose:MODULE, alone: rows that open_composer(seed) of a Python module composes during training."
 )
 
 
@@ -52,6 +54,14 @@ def check_data(args: DataArgs | Namespace) -> None:
         )
     if args.streaming and (args.share_pictures > 1 or args.max_rows):
         raise ValueError("--streaming does not go with --share_pictures or --max_rows. Leave them out.")
+    if is_composed(args.data):
+        for name in ("filter", "min_rating", "max_rows", "streaming", "mix", "packing"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} does not go with --data {args.data[0]}. Leave it out.")
+        if args.augment != "none":
+            raise ValueError(
+                f"--augment {args.augment} does not go with --data {args.data[0]}, which draws as it likes."
+            )
     if args.mix and (min(args.mix) <= 0 or len(args.mix) != len(args.data)):
         raise ValueError(f"--mix {args.mix}: give a positive number for each of {len(args.data)} --data sources.")
     if args.packing and args.share_pictures > 1:
@@ -61,3 +71,15 @@ def check_data(args: DataArgs | Namespace) -> None:
             f"--pack_tokens {args.pack_tokens} is less than --max_length {args.max_length}: the longest rows "
             "would fit into no pack. Raise --pack_tokens or lower --max_length."
         )
+
+
+def is_composed(sources: list[str]) -> bool:
+    """Return whether the rows are composed.
+
+    Raises:
+        ValueError: composed rows are named beside other ones.
+    """
+    composed = [source.startswith(COMPOSE) for source in sources]
+    if any(composed) and len(sources) > 1:
+        raise ValueError(f"--data {' '.join(sources)}: {COMPOSE}MODULE cannot be mixed with others. Name it alone.")
+    return all(composed)

@@ -115,11 +115,17 @@ class Hand:
 
         `mono` marks drawings of one colour.
         """
-        x = pixels.float().div_(255)
-        x[mono, :3] = self.uniform(int(mono.sum()), 3, 1, 1) * 0.6
-        x[:, :3] = self.repaint(x[:, :3]) * x[:, 3:]  # multiply by alpha, because `move` interpolates
+        x = self.recolour(pixels, mono)
+        x[:, :3] *= x[:, 3:]  # because `move` interpolates
         x = self.move(x)
         self.outline(x)
+        return x
+
+    def recolour(self, pixels, mono) -> torch.Tensor:
+        """Return drawings (B, 4, h, h) as numbers from 0 to 1, in changed colours; `mono` ones get a random fill."""
+        x = pixels.float().div_(255)
+        x[mono, :3] = self.uniform(int(mono.sum()), 3, 1, 1) * 0.6
+        x[:, :3] = self.repaint(x[:, :3])
         return x
 
     def finish(self, x) -> torch.Tensor:

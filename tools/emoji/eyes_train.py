@@ -44,8 +44,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--batch", type=int, default=128, help="pictures per step (default: 128)")
     add("--scenes", type=float, default=0.5, help="share of the pictures that show four small drawings, half of them "
         "in a grid of 2 x 2 and half in a grid of 3 x 3 (default: 0.5)")  # fmt: skip
-    add("--trace_weight", type=float, default=1.0, help="weight of the loss on which parts of a picture are covered by "
-        "a drawing (default: 1)")  # fmt: skip
+    add("--trace_weight", type=float, default=1.0, help="weight of the loss on which parts of a picture a drawing "
+        "covers (default: 1)")  # fmt: skip
     add("--lr", type=float, default=4e-3, help="highest learning rate of AdamW (default: 4e-3)")
     add("--muon_lr", type=float, default=0.03, help="highest learning rate of Muon (default: 0.03)")
     add("--warmup", type=float, default=0.02, help="share of the run in which the learning rates rise (default: 0.02)")

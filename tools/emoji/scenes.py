@@ -1,42 +1,18 @@
-"""Compose pictures and questions during training; each picture depends only on seed, epoch and index.
+"""Compose scenes of several things, and know where each thing stands and which colour it has."""
 
-    python -m tools.emoji.scenes --pictures 20000 --epoch 0 --output runs/composed-0.parquet
-
-`Composer.rows(epoch, index)` returns the questions on one picture. It keeps no state, so a resumed run sees the same
-pictures as an uninterrupted one, and two workers never draw the same picture.
-"""
-
-import random
-import sys
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
-from tqdm import tqdm
 
-from minivlm.cli import Parser, run_command
-from tools.emoji.concepts import LANGUAGES, Concept, draw_other
-from tools.emoji.drawings import Drawings, load_concept_table
-from tools.emoji.grounding import grounding_rows, only_above
-from tools.emoji.pictures import (
-    APART,
-    GROUNDS,
-    GROUNDS_LAB,
-    OUTLINE_LIMIT,
-    choose_ground,
-    draw_scene,
-    draw_single,
-    encode,
-    look,
-    to_lab,
-)
-from tools.emoji.questions import only_left, scene_rows, single_rows
-from tools.emoji.rows import make_row, write
-from tools.emoji.sources import TRAIN_STYLES, crop
-
-SINGLES = 0.5  # share of pictures that show one thing
+from tools.emoji.augment import Hand
+from tools.emoji.concepts import Concept, draw_other
+from tools.emoji.drawings import SIDE, Drawings
+from tools.emoji.pictures import APART, GROUNDS, GROUNDS_LAB, OUTLINE_LIMIT, choose_ground, draw_scene, look, to_lab
+from tools.emoji.questions import only_left
+from tools.emoji.sources import crop
 
 
 class Thing(NamedTuple):
@@ -138,12 +114,31 @@ class Album:
         sprite.putalpha(painted.sprite.getchannel("A"))
         return Painted(sprite, colour, hidden_by_grounds(fill))
 
-    def compose(self, rng, style: str, pool: list[Concept], answers=None) -> tuple[list[Thing], str, Image.Image]:
-        """Return things in reading order with their boxes, the name of the background, and the picture."""
+    def redraw(self, rng, row: int) -> Painted:
+        """Return drawing number `row` in changed colours, sometimes with an outline; its main colour is not known.
+
+        The background is chosen by the colours of the original, which is right in most cases.
+        """
+        painted = self.paint(rng, row)
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        sprite = torch.from_numpy(self.drawings.pixels[row])[None]
+        hand = Hand(1, SIDE, 1.0, generator)
+        x = hand.recolour(sprite, torch.tensor(self.mono[row : row + 1]))
+        x = (x[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        return Painted(crop(Image.fromarray(x, "RGBA")), None, painted.hidden)
+
+    def compose(
+        self, rng, style: str, pool: list[Concept], answers=None, redrawn: bool = False
+    ) -> tuple[list[Thing], str, Image.Image]:
+        """Return things in reading order with their boxes, the name of the background, and the picture.
+
+        `redrawn` gives every thing other colours.
+        """
+        paint = self.redraw if redrawn else self.paint
         for _ in range(1000):
             things = pick_things(rng, pool)
             rows = {kind: rng.choice(self.rows[style][kind]) for kind in dict.fromkeys(things)}
-            painted = [self.paint(rng, rows[kind]) for kind in things]
+            painted = [paint(rng, rows[kind]) for kind in things]
             ground, shade, hidden = choose_ground(rng, [p.hidden for p in painted])
             if hidden <= 1:
                 break
@@ -155,68 +150,3 @@ class Album:
         picture, boxes = draw_scene(rng, [p.sprite for p in shown], [position for _, position in placed], shade)
         found = [Thing(c, position, box, p.colour) for (c, position), box, p in zip(placed, boxes, shown)]
         return found, ground, picture
-
-
-class Composer:
-    """Compose the training pictures of a seed: half single things, half scenes, and all styles equally often."""
-
-    def __init__(self, drawings: Drawings, concepts: list[Concept], held_out: set[Concept], seed: int):
-        self.album, self.seed = Album(drawings, concepts), seed
-        self.styles = [style for style in TRAIN_STYLES if style in self.album.rows]
-        self.pools = {style: list(found) for style, found in self.album.rows.items()}
-        # The test of new compositions uses things that no training scene shows or names.
-        self.scene_pools = {style: [c for c in pool if c not in held_out] for style, pool in self.pools.items()}
-
-    def rows(self, epoch: int, index: int) -> tuple[Image.Image, str, str, list[tuple]]:
-        """Return the picture, style, concepts, and rows (task, language, question, answer, options, box)."""
-        rng = random.Random(f"{self.seed}/{epoch}/{index}")
-        style = rng.choice(self.styles)
-        if rng.random() < SINGLES:
-            return self.single(rng, index, style)
-        return self.scene(rng, index, style)
-
-    def single(self, rng, index: int, style: str):
-        """Return what `rows` returns, for a picture of one thing."""
-        pool = self.pools[style]
-        concept = rng.choice(pool)
-        painted = self.album.paint(rng, rng.choice(self.album.rows[style][concept]))
-        ground, shade, _ = choose_ground(rng, [painted.hidden])
-        wanted = [(task, language, False) for task in ("name", "choice", "yes_no") for language in LANGUAGES]
-        wanted += [(task, rng.choice(LANGUAGES), False) for task in ("caption", "category", "colour")]
-        asked = single_rows(rng, index, concept, painted.colour, ground, pool, wanted)
-        rows = [(*row, None) for row in asked]
-        return draw_single(rng, painted.sprite, shade), style, concept.slug, rows
-
-    def scene(self, rng, index: int, style: str):
-        """Return what `rows` returns, for a scene."""
-        pool = self.scene_pools[style]
-        things, ground, picture = self.album.compose(rng, style, pool, rng.choice((None, only_left, only_above)))
-        pairs = [(thing.concept, thing.position) for thing in things]
-        rows = [(*row, None) for row in scene_rows(rng, index, pairs, ground, pool, canonical=False, repeats=2)]
-        rows += [(*row[:4], None, row[4]) for row in grounding_rows(rng, index, things, canonical=False)]
-        return picture, style, ",".join(thing.concept.slug for thing in things), rows
-
-
-def main(argv=None) -> None:
-    """Compose the pictures of one epoch and write their rows to a file."""
-    parser = Parser(__doc__, prog="python -m tools.emoji.scenes")
-    add = parser.add_argument
-    add("--drawings", type=Path, default=Path("data/drawings.parquet"), help="drawings.parquet of the data set")
-    add("--concepts", type=Path, default=Path("data/concepts.json"), help="concepts.json of the data set")
-    add("--pictures", type=int, default=20000, help="pictures to compose (default: 20000)")
-    add("--epoch", type=int, default=0, help="number of the epoch (default: 0)")
-    add("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
-    add("--output", type=Path, required=True, help="parquet file to write")
-    args = parser.parse_args(argv)
-    concepts, held_out = load_concept_table(args.concepts)
-    composer = Composer(Drawings.unpack(args.drawings), concepts, held_out, args.seed)
-    rows = []
-    for index in tqdm(range(args.pictures), desc="pictures"):
-        picture, style, slugs, asked = composer.rows(args.epoch, index)
-        data = encode(picture, 70)
-        rows += [make_row(data, style, slugs, *row) for row in asked]
-    write(rows, args.output, args.seed, shuffle=False)
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

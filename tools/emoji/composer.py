@@ -1,0 +1,136 @@
+"""Compose pictures and questions during training; each picture depends only on seed, epoch and index.
+
+    accelerate launch train_accelerate.py --data compose:tools.emoji.composer ...
+    python -m tools.emoji.composer --pictures 20000 --epoch 0 --output runs/composed-0.parquet
+
+The composer keeps no state, so a resumed run sees the same pictures as an uninterrupted one, and two workers never
+draw the same picture. The drawings and concepts are those of data/, or of the folder in MINIVLM_EMOJI_DATA.
+"""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from minivlm.cli import Parser, run_command
+from tools.emoji.augment import compose
+from tools.emoji.concepts import LANGUAGES, Concept
+from tools.emoji.drawings import Drawings, load_concept_table
+from tools.emoji.grounding import grounding_rows, only_above
+from tools.emoji.pictures import SIZE, choose_ground, draw_single, encode
+from tools.emoji.questions import only_left, scene_rows, single_rows
+from tools.emoji.rows import make_row, write
+from tools.emoji.scenes import Album
+from tools.emoji.sources import TRAIN_STYLES
+
+DATA = Path(os.environ.get("MINIVLM_EMOJI_DATA", "data"))
+PICTURES = 20_000  # of an epoch; a number without meaning, since no picture comes twice
+SINGLES = 0.5  # share of pictures that show one thing
+REDRAWN = 0.5  # share of pictures whose things have other colours, so that shapes must be learned
+# Share of the questions about scenes that are asked: these are learned quickly, or their answers are long.
+ASKED = {"caption": 0.25, "background": 0.3, "count": 0.5}
+
+
+class Composer:
+    """Compose the training pictures of a seed, in all styles equally often."""
+
+    def __init__(self, drawings: Drawings, concepts: list[Concept], held_out: set[Concept], seed: int):
+        self.album, self.seed = Album(drawings, concepts), seed
+        self.styles = [style for style in TRAIN_STYLES if style in self.album.rows]
+        self.pools = {style: list(found) for style, found in self.album.rows.items()}
+        # The test of new compositions uses things that no training scene shows or names.
+        self.scene_pools = {style: [c for c in pool if c not in held_out] for style, pool in self.pools.items()}
+
+    def __len__(self) -> int:
+        return PICTURES
+
+    def compose(self, epoch: int, index: int) -> list[dict]:
+        """Return the samples about a picture in the order in which they should be used."""
+        picture, _, _, rows = self.rows(epoch, index)
+        return [
+            {"images": [picture], "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            ]}
+            for _, _, question, answer, *_ in rows
+        ]  # fmt: skip
+
+    def rows(self, epoch: int, index: int) -> tuple[Image.Image, str, str, list[tuple]]:
+        """Return the picture, style, concepts, and rows (task, language, question, answer, options, box)."""
+        rng = random.Random(f"{self.seed}/{epoch}/{index}")
+        style = rng.choice(self.styles)
+        redrawn = rng.random() < REDRAWN
+        if rng.random() < SINGLES:
+            return self.single(rng, index, style, redrawn)
+        return self.scene(rng, index, style, redrawn)
+
+    def single(self, rng, index: int, style: str, redrawn: bool = False):
+        """Return what `rows` returns, for a picture of one thing; its names in both languages come first."""
+        pool = self.pools[style]
+        concept = rng.choice(pool)
+        drawing = rng.choice(self.album.rows[style][concept])
+        names = [("name", language, False) for language in LANGUAGES]
+        wanted = [(task, language, False) for task in ("choice", "yes_no") for language in LANGUAGES]
+        once = ("category",) if redrawn else ("category", "colour", "caption")
+        wanted += [(task, rng.choice(LANGUAGES), False) for task in once]
+        rng.shuffle(wanted)
+        colour = ground = None
+        if redrawn:
+            picture = self.redrawn(rng, drawing)
+        else:
+            painted = self.album.paint(rng, drawing)
+            ground, shade, _ = choose_ground(rng, [painted.hidden])
+            picture, colour = draw_single(rng, painted.sprite, shade), painted.colour
+        asked = single_rows(rng, index, concept, colour, ground, pool, names + wanted)
+        return picture, style, concept.slug, [(*row, None) for row in asked]
+
+    def redrawn(self, rng, drawing: int) -> Image.Image:
+        """Return a picture of a drawing that is changed as strongly as those from which the tower learned."""
+        generator, drawings = torch.Generator().manual_seed(rng.getrandbits(62)), self.album.drawings
+        pixels, mono = torch.from_numpy(drawings.pixels[drawing])[None], torch.tensor(drawings.mono[drawing])[None]
+        cell = torch.zeros(1, 1, dtype=torch.long)
+        x, _ = compose(pixels, mono, cell, 1, SIZE, 1.0, generator)
+        return Image.fromarray((x[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+
+    def scene(self, rng, index: int, style: str, redrawn: bool = False):
+        """Return what `rows` returns, for a scene; the questions are in random order."""
+        pool = self.scene_pools[style]
+        answers = rng.choice((None, only_left, only_above))
+        things, ground, picture = self.album.compose(rng, style, pool, answers, redrawn)
+        pairs = [(thing.concept, thing.position) for thing in things]
+        rows = [(*row, None) for row in scene_rows(rng, index, pairs, ground, pool, canonical=False, repeats=2)]
+        rows += [(*row[:4], None, row[4]) for row in grounding_rows(rng, index, things, canonical=False)]
+        rows = [row for row in rows if rng.random() < ASKED.get(row[0], 1)]
+        rng.shuffle(rows)
+        return picture, style, ",".join(thing.concept.slug for thing in things), rows
+
+
+def open_composer(seed: int) -> Composer:
+    """Return the composer of a seed, for `--data compose:tools.emoji.composer`."""
+    concepts, held_out = load_concept_table(DATA / "concepts.json")
+    return Composer(Drawings.unpack(DATA / "drawings.parquet"), concepts, held_out, seed)
+
+
+def main(argv=None) -> None:
+    """Compose the pictures of one epoch and write their rows to a file."""
+    parser = Parser(__doc__, prog="python -m tools.emoji.composer")
+    add = parser.add_argument
+    add("--pictures", type=int, default=PICTURES, help=f"pictures to compose (default: {PICTURES})")
+    add("--epoch", type=int, default=0, help="number of the epoch (default: 0)")
+    add("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
+    add("--output", type=Path, required=True, help="parquet file to write")
+    args = parser.parse_args(argv)
+    composer, rows = open_composer(args.seed), []
+    for index in tqdm(range(args.pictures), desc="pictures"):
+        picture, style, slugs, asked = composer.rows(args.epoch, index)
+        data = encode(picture, 70)
+        rows += [make_row(data, style, slugs, *row) for row in asked]
+    write(rows, args.output, args.seed, shuffle=False)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
