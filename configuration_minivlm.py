@@ -204,13 +204,16 @@ class MiniVLMConfig(PreTrainedConfig):
         return tokens
 
     @property
+    def vision_depth(self) -> int:
+        """Blocks of a transformer tower, stages of a convolutional one."""
+        return len(self.vision_config.depths) if self.is_convolutional else self.vision_config.num_hidden_layers
+
+    @property
     def num_vision_layers(self) -> int:
-        """Blocks of the tower that are needed for `vision_feature_layer`; stages of a convolutional tower, all."""
-        vision = self.vision_config
-        layers = len(vision.depths) if self.is_convolutional else vision.num_hidden_layers
+        """Blocks of the tower that are needed for `vision_feature_layer`."""
         if self.vision_feature_layer is None:
-            return layers
-        return self.vision_feature_layer + (layers + 1 if self.vision_feature_layer < 0 else 0)
+            return self.vision_depth
+        return self.vision_feature_layer + (self.vision_depth + 1 if self.vision_feature_layer < 0 else 0)
 
     def validate_architecture(self):
         vision, text = self.vision_config, self.text_config
@@ -232,11 +235,11 @@ class MiniVLMConfig(PreTrainedConfig):
                 f"`image_token_id`={self.image_token_id} is outside the vocabulary of {text.vocab_size} entries. "
                 "Add the image token to the tokenizer and resize the embeddings, or correct the id."
             )
-        if not self.is_convolutional and not 1 <= self.num_vision_layers <= vision.num_hidden_layers:
+        if not 1 <= self.num_vision_layers <= self.vision_depth:
             raise ValueError(
                 f"`vision_feature_layer`={self.vision_feature_layer} does not name a block of a tower with "
-                f"{vision.num_hidden_layers}. Use 1 to {vision.num_hidden_layers}, "
-                f"-{vision.num_hidden_layers} to -1, or None for the tower's output."
+                f"{self.vision_depth}. Use 1 to {self.vision_depth}, "
+                f"-{self.vision_depth} to -1, or None for the tower's output."
             )
         if self.pixel_shuffle_factor < 1:
             raise ValueError(f"`pixel_shuffle_factor`={self.pixel_shuffle_factor} must be 1 (off) or more.")

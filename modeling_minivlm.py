@@ -279,21 +279,18 @@ def build_vision_tower(config: MiniVLMConfig) -> PreTrainedModel:
     A part that is built but not used gets no gradient, which hangs distributed training, and costs time for nothing.
     """
     tower = AutoModel.from_config(config.vision_config)
-    if config.is_convolutional:
-        for name in {"pooler", "layernorm"} & dict(tower.named_children()).keys():  # they act on the pooled map alone
-            setattr(tower, name, nn.Identity())
-        return tower
-    depth = config.vision_config.num_hidden_layers
+    depth = config.vision_depth
     blocks = next((m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
     if blocks is None:
+        kind = config.vision_config.model_type
         raise ValueError(
-            f"A tower of type {config.vision_config.model_type!r} has no list of {depth} blocks to choose from. "
-            "Use a CLIP, SigLIP, DINO, ViT, ResNet or ConvNeXt vision configuration."
+            f"A tower of type {kind!r} has no list of {depth} blocks. Use CLIP, SigLIP, DINO, ViT or ResNet."
         )
     del blocks[config.num_vision_layers :]
     unused = ["head", "pooler"]
-    # CLIP's final norm acts on the pooled class token alone; in other towers it acts on the output that is read.
-    if config.vision_feature_layer is not None or config.vision_config.model_type == "clip_vision_model":
+    # The final norm of these acts on the pooled feature alone; in other towers it acts on the output that is read.
+    pooled_norm = config.is_convolutional or config.vision_config.model_type == "clip_vision_model"
+    if config.vision_feature_layer is not None or pooled_norm:
         unused += ["post_layernorm", "layernorm", "norm"]
     for name in unused:
         if isinstance(getattr(tower, name, None), nn.Module):

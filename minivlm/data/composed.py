@@ -62,7 +62,7 @@ class ComposedRows(torch.utils.data.Dataset):
         epoch, (index,) = key
         bad, samples = [], []
         for number, sample in enumerate(self.composer.compose(epoch, index)[: self.most]):
-            place = f"{self.name}, epoch {epoch}, picture {index}, question {number}"
+            place = f"{self.name}, row {number} of picture {index} in epoch {epoch}"
             try:
                 samples.append({**self.encoder(sample, pictures=not samples), "place": place})
             except BadRow as error:

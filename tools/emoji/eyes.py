@@ -86,15 +86,15 @@ class Eyes(nn.Module):
 class Learner(nn.Module):
     """Hold eyes and what only their training needs: linear maps from the feature of a place to other targets.
 
-    `trace` returns 16 logits: whether a thing covers each sixteenth of the place. Names alone would let the eyes
-    forget where a thing ends, which a decoder needs to count, point and draw boxes. `translate` returns the
-    `teacher_width` channels of a teacher's feature.
+    `trace` returns 16 logits: whether a thing covers each sixteenth of the place. `paint` returns red, green and blue
+    of each quarter of it. Names alone would let the eyes forget where a thing ends and which colours there are,
+    which a decoder is asked about. `translate` returns the `teacher_width` channels of a teacher's feature.
     """
 
     def __init__(self, eyes: Eyes, teacher_width: int):
         super().__init__()
         self.eyes = eyes
-        self.trace = nn.Linear(eyes.width, 16)
+        self.trace, self.paint = nn.Linear(eyes.width, 16), nn.Linear(eyes.width, 12)
         self.translate = nn.Linear(eyes.width, teacher_width)
 
 
@@ -107,10 +107,14 @@ def cell_weights(grid: int) -> torch.Tensor:
     return torch.einsum("rh,cw->rchw", share, share).reshape(grid * grid, 64)
 
 
-def traced(coverage) -> torch.Tensor:
-    """Return the target of `Learner.trace`, (B, 64, 16), of a coverage (B, 128, 128)."""
-    small = F.avg_pool2d(coverage[:, None], SIZE // 32)  # (B, 1, 32, 32)
-    return small.view(-1, 8, 4, 8, 4).transpose(2, 3).reshape(-1, 64, 16)
+def means(x, parts: int) -> torch.Tensor:
+    """Return the means of the `parts` x `parts` parts of each place, (B, 64, C * parts * parts), of (B, C, 128, 128).
+
+    They are the targets of `Learner.trace` (4 x 4 parts of the coverage) and `Learner.paint` (2 x 2 of the picture).
+    """
+    B, C = x.shape[:2]
+    small = F.avg_pool2d(x, SIZE // (8 * parts)).view(B, C, 8, parts, 8, parts)
+    return small.permute(0, 2, 4, 1, 3, 5).reshape(B, 64, C * parts * parts)
 
 
 def save(eyes: Eyes, concepts: list[str], folder: Path) -> None:

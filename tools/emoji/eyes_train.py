@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from minivlm.cli import Parser, run_command
 from tools.emoji.augment import compose, on_white
 from tools.emoji.drawings import Drawings
-from tools.emoji.eyes import SIZE, Eyes, Learner, build_optimizers, build_tower, cell_weights, load, save, traced
+from tools.emoji.eyes import SIZE, Eyes, Learner, build_optimizers, build_tower, cell_weights, load, means, save
 from tools.emoji.eyes_measure import measure, measure_small, read_pictures
 from tools.emoji.sources import DEV_STYLE, TRAIN_STYLES
 
@@ -46,6 +46,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         "in a grid of 2 x 2 and half in a grid of 3 x 3 (default: 0.5)")  # fmt: skip
     add("--trace_weight", type=float, default=1.0, help="weight of the loss on which parts of a picture a drawing "
         "covers (default: 1)")  # fmt: skip
+    add("--paint_weight", type=float, default=5.0, help="weight of the squared error to the colours of the picture "
+        "(default: 5)")  # fmt: skip
     add("--lr", type=float, default=4e-3, help="highest learning rate of AdamW (default: 4e-3)")
     add("--muon_lr", type=float, default=0.03, help="highest learning rate of Muon (default: 0.03)")
     add("--warmup", type=float, default=0.02, help="share of the run in which the learning rates rise (default: 0.02)")
@@ -66,7 +68,7 @@ class Batch(NamedTuple):
     """Hold B pictures that show up to n drawings each, and what is to be learned from them."""
 
     pixels: torch.Tensor  # (B, 3, 128, 128) in [0, 1]
-    covered: torch.Tensor  # (B, 64, 16), see `traced`
+    covered: torch.Tensor  # (B, 64, 16), the share of each sixteenth of a place that a drawing covers
     weights: torch.Tensor  # (B, n, 64), the places of each drawing
     labels: torch.Tensor  # (B, n) numbers of the concepts; -100 where a picture shows fewer drawings
 
@@ -140,7 +142,7 @@ class Run:
             x, coverage = compose(self.pixels[chosen], self.mono[chosen], cells, grid, SIZE, strength, rng)
             weights = F.pad(cell_weights(grid)[cells], (0, 0, 0, groups[-1][2] - n))
             labels = F.pad(self.labels[chosen].view(pictures, n), (0, groups[-1][2] - n), value=-100)
-            parts.append(Batch(x, traced(coverage), weights, labels))
+            parts.append(Batch(x, means(coverage[:, None], 4), weights, labels))
         return Batch(*map(torch.cat, zip(*parts)))
 
     def train_step(self) -> dict[str, float]:
@@ -159,6 +161,8 @@ class Run:
                 loss = self.loss_to_teacher(batch, features, logits, loss, places)
             covered = self.model.trace(features).float()
             loss = loss + args.trace_weight * F.binary_cross_entropy_with_logits(covered, batch.covered)
+            colours = means(batch.pixels, 2) if places is None else means(batch.pixels, 2)[:, places]
+            loss = loss + args.paint_weight * F.mse_loss(self.model.paint(features).float(), colours)
         loss.backward()
         rate = min(1.0, self.done / args.warmup) * (1 - self.done)
         for optimizer in self.optimizers:
