@@ -84,6 +84,42 @@ class Batch(NamedTuple):
         return ((losses * shown).sum(1) / shown.sum(1)).mean()
 
 
+class PictureSource:
+    """Compose the pictures of each step: a drawing each, or four small ones in a grid of 2 x 2 or 3 x 3."""
+
+    def __init__(self, drawings: Drawings, batch: int, scenes: float, seed: int):
+        self.batch_size, self.seed = batch, seed
+        self.per_grid = round(batch * scenes / 2)  # pictures with a grid of 2 x 2, and as many with 3 x 3
+        if len(drawings.styles) < (needed := batch + 6 * self.per_grid):
+            raise ValueError(f"There are {len(drawings.styles)} training drawings, fewer than the {needed} of one step. "
+                             "Lower --batch.")  # fmt: skip
+        self.concepts = sorted(set(drawings.concepts.tolist()))
+        self.pixels, self.mono = torch.from_numpy(drawings.pixels), torch.from_numpy(drawings.mono)
+        self.labels = torch.from_numpy(np.searchsorted(self.concepts, drawings.concepts))
+
+    def drawings(self, step: int, number: int) -> torch.Tensor:
+        """Return the indices of the `number` drawings of a step; each epoch takes all in another random order."""
+        per_epoch = len(self.pixels) // number
+        epoch, i = divmod(step, per_epoch)
+        order = torch.randperm(len(self.pixels), generator=generator(self.seed, epoch, 1))
+        return order[i * number : (i + 1) * number]
+
+    def batch(self, step: int, strength: float, rng: torch.Generator) -> Batch:
+        """Compose the pictures of a step, augmented with a strength from 0 to 1."""
+        groups = [(1, self.batch_size - 2 * self.per_grid), (2, self.per_grid), (3, self.per_grid)]
+        groups = [(grid, pictures, min(4, grid * grid)) for grid, pictures in groups if pictures]
+        rows = self.drawings(step, sum(pictures * n for _, pictures, n in groups))
+        parts, start = [], 0
+        for grid, pictures, n in groups:
+            cells = torch.rand(pictures, grid * grid, generator=rng).argsort(1)[:, :n]
+            chosen = rows[start : (start := start + pictures * n)]
+            x, coverage = compose(self.pixels[chosen], self.mono[chosen], cells, grid, SIZE, strength, rng)
+            weights = F.pad(cell_weights(grid)[cells], (0, 0, 0, groups[-1][2] - n))
+            labels = F.pad(self.labels[chosen].view(pictures, n), (0, groups[-1][2] - n), value=-100)
+            parts.append(Batch(x, means(coverage[:, None], 4), weights, labels))
+        return Batch(*map(torch.cat, zip(*parts)))
+
+
 class Run:
     """Hold the model, the optimizers and the clock of one training run.
 
@@ -94,14 +130,9 @@ class Run:
         self.args, self.step, self.seconds = args, 0, 0.0
         drawings = Drawings.load(args.drawings)
         train = drawings.of(TRAIN_STYLES)
-        self.per_grid = round(args.batch * args.scenes / 2)  # pictures with a grid of 2 x 2, and as many with 3 x 3
-        if len(train.styles) < (needed := args.batch + 6 * self.per_grid):
-            raise ValueError(f"{args.drawings} has {len(train.styles)} training drawings, fewer than the {needed} of "
-                             f"one step. Lower --batch.")  # fmt: skip
-        self.concepts = sorted(set(train.concepts.tolist()))
+        self.source = PictureSource(train, args.batch, args.scenes, args.seed)
+        self.concepts = self.source.concepts
         self.dev = read_pictures(args.dev) if args.dev else white_pictures(drawings.of([DEV_STYLE]))
-        self.pixels, self.mono = torch.from_numpy(train.pixels), torch.from_numpy(train.mono)
-        self.labels = torch.from_numpy(np.searchsorted(self.concepts, train.concepts))
         torch.manual_seed(args.seed)
         eyes = Eyes(build_tower(args.tower, args.width, args.depth), len(self.concepts))
         self.teacher = None
@@ -122,28 +153,9 @@ class Run:
         """Return the finished share of the run, 0 to 1."""
         return self.seconds / (60 * self.args.minutes)
 
-    def drawings(self, number: int) -> torch.Tensor:
-        """Return the indices of the `number` drawings of this step; each epoch takes all in another random order."""
-        per_epoch = len(self.pixels) // number
-        epoch, i = divmod(self.step, per_epoch)
-        order = torch.randperm(len(self.pixels), generator=generator(self.args.seed, epoch, 1))
-        return order[i * number : (i + 1) * number]
-
     def batch(self, rng) -> Batch:
         """Compose the pictures of this step."""
-        strength = min(1.0, 0.25 + 0.75 * self.done / self.args.mild)
-        groups = [(1, self.args.batch - 2 * self.per_grid), (2, self.per_grid), (3, self.per_grid)]
-        groups = [(grid, pictures, min(4, grid * grid)) for grid, pictures in groups if pictures]
-        rows = self.drawings(sum(pictures * n for _, pictures, n in groups))
-        parts, start = [], 0
-        for grid, pictures, n in groups:
-            cells = torch.rand(pictures, grid * grid, generator=rng).argsort(1)[:, :n]
-            chosen = rows[start : (start := start + pictures * n)]
-            x, coverage = compose(self.pixels[chosen], self.mono[chosen], cells, grid, SIZE, strength, rng)
-            weights = F.pad(cell_weights(grid)[cells], (0, 0, 0, groups[-1][2] - n))
-            labels = F.pad(self.labels[chosen].view(pictures, n), (0, groups[-1][2] - n), value=-100)
-            parts.append(Batch(x, means(coverage[:, None], 4), weights, labels))
-        return Batch(*map(torch.cat, zip(*parts)))
+        return self.source.batch(self.step, min(1.0, 0.25 + 0.75 * self.done / self.args.mild), rng)
 
     def train_step(self) -> dict[str, float]:
         """Train on one batch; return its loss and the share of drawings named right."""

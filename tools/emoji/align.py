@@ -1,0 +1,144 @@
+"""Align the features of a trained tower with the words of the names, before the decoder trains.
+
+    python -m tools.emoji.align --model_config config.json --vision_model runs/eyes --minutes 10 --output runs/aligned
+    accelerate launch train_accelerate.py --recipe emoji --model runs/aligned
+
+The projected features of a thing, averaged over its places, predict the tokens of its name in both languages, in any
+order. Only the projector and the token embeddings train. The decoder then starts from image tokens that resemble the
+tokens of the answer, as in the first stage of LLaVA (arXiv 2304.08485, section 4.2): it learns to copy them into order
+within minutes. Without this, it does not name anything after an hour.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from minivlm.cli import Parser, run_command
+from minivlm.model.backbones import build
+from minivlm.model.loading import save_model
+from minivlm.training.optimizers import build_optimizers
+from minivlm.training.options import parse_args as parse_train_args
+from tools.emoji.drawings import Drawings, load_concept_table
+from tools.emoji.eyes import MEAN, STD
+from tools.emoji.eyes_train import PictureSource, generator
+from tools.emoji.sources import TRAIN_STYLES
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = Parser(__doc__, prog="python -m tools.emoji.align")
+    add = parser.add_argument
+    add("--model_config", required=True, help="JSON file with the architecture of the model")
+    add("--vision_model", required=True, help="output folder of tools.emoji.eyes_train")
+    add("--drawings", type=Path, default=Path("data/drawings.parquet"), help="drawings.parquet or an .npz file of "
+        "tools.emoji.drawings (default: data/drawings.parquet)")  # fmt: skip
+    add("--concepts", type=Path, default=Path("data/concepts.json"), help="concepts.json of the data set")
+    add("--output", type=Path, required=True, help="folder for the model")
+    add("--minutes", type=float, default=10, help="CPU minutes of training (default: 10)")
+    add("--batch", type=int, default=128, help="pictures per step (default: 128)")
+    add("--scenes", type=float, default=0.5, help="share of the pictures that show four drawings (default: 0.5)")
+    add("--learning_rate", type=float, default=3e-3, help="highest learning rate (default: 3e-3)")
+    add("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    add("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
+    return parser.parse_args(argv)
+
+
+def name_tokens(tokenizer, concepts: list, slugs: list[str], size: int) -> torch.Tensor:
+    """Return, for each slug, how much each of `size` tokens belongs to its names, (slugs, size); rows sum to 1.
+
+    A name counts as an answer and, in English, as a word behind another word, whose first token is a different one.
+    """
+    by_slug = {concept.slug: concept for concept in concepts}
+    target = torch.zeros(len(slugs), size)
+    for row, slug in zip(target, slugs):
+        concept = by_slug[slug]
+        for text in (concept.en, f" {concept.en}", concept.zh):
+            row[tokenizer.encode(text, add_special_tokens=False)] = 1
+    return target / target.sum(1, keepdim=True)
+
+
+class Aligner:
+    """Hold a model whose projector and token embeddings train, and the targets of each drawing."""
+
+    def __init__(self, args):
+        self.args = args
+        options = ["--model_config", args.model_config, "--vision_model", args.vision_model, "--optimizer", "muon"]
+        options += [
+            "--learning_rate",
+            str(args.learning_rate),
+            "--seed",
+            str(args.seed),
+            "--train",
+            "projector",
+            "text",
+        ]
+        self.options = parse_train_args(options)
+        torch.manual_seed(args.seed)
+        self.model, self.processor = build(self.options)
+        drawings = Drawings.load(args.drawings).of(TRAIN_STYLES)
+        self.source = PictureSource(drawings, args.batch, args.scenes, args.seed)
+        concepts, _ = load_concept_table(args.concepts)
+        vocabulary = self.model.config.text_config.vocab_size
+        self.targets = name_tokens(self.processor.tokenizer, concepts, self.source.concepts, vocabulary)
+        decoder = self.model.model.language_model
+        self.trained = (self.model.model.multi_modal_projector, decoder.embed_tokens, decoder.norm)
+        self.model.requires_grad_(False)
+        for module in self.trained:
+            module.requires_grad_(True)
+        self.model.train()
+        self.optimizers = build_optimizers(self.model, self.options)
+
+    def logits(self, batch) -> torch.Tensor:
+        """Return the logits of the vocabulary for each thing of the pictures, (B, n, vocabulary)."""
+        pixels = (batch.pixels - batch.pixels.new_tensor(MEAN)[:, None, None]) / batch.pixels.new_tensor(STD)[
+            :, None, None
+        ]
+        projected = self.model.get_image_features(pixels, return_dict=True).pooler_output  # (B, I, D)
+        side = round(projected.shape[1] ** 0.5)
+        weights = F.adaptive_avg_pool2d(batch.weights.unflatten(-1, (8, 8)), side).flatten(-2)  # (B, n, I)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+        pooled = weights.to(projected.dtype) @ projected
+        return self.model.lm_head(self.model.model.language_model.norm(pooled))
+
+    def step(self, number: int, progress: float) -> tuple[float, float]:
+        """Train on one batch; return the loss and the share of things whose likeliest token is one of their names'."""
+        batch = self.source.batch(number, min(1.0, 0.25 + 1.5 * progress), generator(self.args.seed, number, 3))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.logits(batch).float()
+        shown = batch.labels >= 0
+        target = self.targets[batch.labels[shown]]  # (things, vocabulary)
+        said = logits[shown]
+        loss = -(target * said.log_softmax(-1)).sum(-1).mean()
+        loss.backward()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * min(1.0, progress / 0.02) * (1 - progress)
+            optimizer.step()
+            optimizer.zero_grad()
+        right = target.gather(1, said.argmax(-1, keepdim=True)) > 0
+        return loss.item(), right.float().mean().item()
+
+
+def main(argv=None) -> None:
+    """Train until --minutes are over, then save the model."""
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    aligner, seconds, number, right = Aligner(args), 0.0, 0, 0.0
+    while seconds < 60 * args.minutes:
+        clock = time.process_time()
+        loss, hits = aligner.step(number, seconds / (60 * args.minutes))
+        seconds, number, right = seconds + time.process_time() - clock, number + 1, 0.95 * right + 0.05 * hits
+        if number % 50 == 0:
+            print(json.dumps({"step": number, "minutes": round(seconds / 60, 2), "loss": round(loss, 3),
+                              "right": round(right, 4)}), flush=True)  # fmt: skip
+    aligner.model.requires_grad_(True)
+    save_model(aligner.model, aligner.processor, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
