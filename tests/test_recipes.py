@@ -36,6 +36,7 @@ PUBLISHED = {
     "minimind2_v_small": ("rest", 26),
     "minimind_3v_pretrain": ("rest", 65),
     "minimind_3v_moe": ("rest", 200),
+    "dinov2_minimind_3v": ("rest", 65),
     "nanovlm_222m": ("all", 222),
 }
 
@@ -75,7 +76,7 @@ def test_a_mixture_of_experts_works_with_a_third_of_its_weights():
 
 
 def test_image_tokens_are_those_published():
-    tokens = {"minimind2_v_small": 196, "minimind_3v_pretrain": 64, "nanovlm_222m": 49}
+    tokens = {"minimind2_v_small": 196, "minimind_3v_pretrain": 64, "dinov2_minimind_3v": 64, "nanovlm_222m": 49}
     for recipe, count in tokens.items():
         assert MiniVLMConfig(**parsed(recipe).model_config).image_seq_length == count
 
