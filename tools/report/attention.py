@@ -45,8 +45,9 @@ def seen(processor, pixels: torch.Tensor) -> Image.Image:
 
 
 def draw_map(picture: Image.Image, grid: torch.Tensor) -> Image.Image:
-    """Draw the picture in grey with red over it: the more, the higher the attention, in squares of the grid."""
-    mask = (grid / grid.max() * 255 * STRONGEST).round().to(torch.uint8).numpy()
+    """Draw the picture in grey with red over it, square by square: none where the attention is least."""
+    spread = (grid - grid.min()) / (grid.max() - grid.min()).clamp(min=1e-9)
+    mask = (spread * 255 * STRONGEST).round().to(torch.uint8).numpy()
     mask = Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", picture.size, RED), picture.convert("L").convert("RGB"), mask)
 
