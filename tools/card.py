@@ -15,9 +15,8 @@ from huggingface_hub import EvalResult, ModelCard
 
 from minivlm.cli import Parser, run_command
 from minivlm.hub.card import put
+from minivlm.hub.findings import OWN_REPO
 from minivlm.hub.results import cells, evidence
-
-OWN_REPO = "jinv2/minivlm"  # model and data are one tree
 
 
 def own_results(metrics: dict) -> list[EvalResult]:

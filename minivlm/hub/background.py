@@ -92,14 +92,15 @@ class BackgroundPush:
 
 def link_tree(folder: Path) -> tempfile.TemporaryDirectory:
     """Make a folder of hard links to the files of `folder`, or of copies if the file system has no hard links."""
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copy2(source, target)
-
     # In the same place, since links cannot leave a file system and the card looks for run.json one folder up.
     copy = tempfile.TemporaryDirectory(prefix=".push-", dir=folder.resolve().parent, ignore_cleanup_errors=True)
-    shutil.copytree(folder, copy.name, copy_function=link, dirs_exist_ok=True)
+    shutil.copytree(folder, copy.name, copy_function=link_or_copy, dirs_exist_ok=True)
     return copy
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Make `target` a hard link to `source`, or a copy if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

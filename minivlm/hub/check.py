@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 
 from huggingface_hub.utils import validate_repo_id
@@ -27,11 +28,32 @@ def check(folder: str | Path, repo_id: str, tag: str | None = None) -> list[Path
     if tag and not re.fullmatch(r"\w[\w.-]*(?<!\.)(?<!\.lock)", tag, re.ASCII) or ".." in (tag or ""):
         raise ValueError(f"tag {tag!r}: use letters, digits, dots and hyphens only, as v1.0.")
     files = files_of(folder)
-    problems = weight_problems(folder) + code_problems(folder)
-    problems += [f"{file} is a pickle, which runs code when it is loaded" for file in files if file.suffix in PICKLES]
-    if problems:
+    if problems := loading_problems(folder, files):
         raise ValueError(f"{folder} is not ready for the Hub:\n" + "\n".join(f"- {p}." for p in problems))
     return files
+
+
+def loading_problems(folder: Path, files: list[Path]) -> list[str]:
+    """Name each reason why `from_pretrained` would fail on the files or must not read them."""
+    problems = weight_problems(folder) + code_problems(folder)
+    named = [f"{file} is a pickle, which runs code when it is loaded" for file in files if is_pickle(folder / file)]
+    return problems + named
+
+
+def is_pickle(path: Path) -> bool:
+    """Return whether a file is a pickle by its suffix, or by its first bytes whatever its name."""
+    if path.suffix in PICKLES:
+        return True
+    with path.open("rb") as file:
+        if re.match(rb"\x80[\x02-\x05]", start := file.read(4)):
+            return True
+    if start != b"PK\x03\x04":
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a zip file with a pickle in it
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -98,7 +120,11 @@ def code_problems(folder: Path) -> list[str]:
         if not (folder / name).is_file():
             problems.append(f"{name} is missing: save the processor in this folder, too")
             continue
-        auto_map = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map", {})
+        try:
+            auto_map = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map", {})
+        except ValueError as error:
+            problems.append(f"{name} is not JSON ({error})")
+            continue
         if needed not in auto_map:
             problems.append(f"{name} has no {needed} in its auto_map: save it by a class that is registered for it")
         values = [v for value in auto_map.values() for v in (value if isinstance(value, list) else [value])]

@@ -1,0 +1,1 @@
+"""Report what a model can do: measurements, tables, plots and pictures of answers for a release."""
