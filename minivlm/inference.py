@@ -6,6 +6,7 @@ An item is a dict with `text`, the prompt from the chat template, `images`, its 
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minivlm.data.pictures import decode_image
 
@@ -29,18 +30,38 @@ def answer(
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def shared_features(model: PreTrainedModel, processor: ProcessorMixin, items: list[dict]) -> dict | None:
+    """Return the features of the items' pictures, repeated for each of an item's `options`; None without pictures."""
+    inputs = encode(processor, items, [item["text"] for item in items], "right", model.device)
+    if "pixel_values" not in inputs:
+        return None
+    features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output  # (N, I, D)
+    parts = features.split([len(item["images"]) for item in items])
+    repeated = torch.cat([part for part, item in zip(parts, items) for _ in item["options"]])
+    return {"image": BaseModelOutputWithPooling(pooler_output=repeated)}
+
+
 @torch.inference_mode()
 def option_scores(model: PreTrainedModel, processor: ProcessorMixin, items: list[dict]) -> list[list[float]]:
-    """Return the log-probability of each of an item's `options` as the whole answer, the end token included."""
+    """Return the log-probability of each of an item's `options` as the whole answer, the end token included.
+
+    The tower sees each picture once, however many options there are.
+    """
     pairs = [(item, option + processor.tokenizer.eos_token) for item in items for option in item["options"]]
-    texts = [item["text"] + option for item, option in pairs]
-    inputs = encode(processor, [item for item, _ in pairs], texts, "right", model.device)
+    marker, expanded = processor.image_token, processor.image_token * processor.image_seq_length
+    inputs = processor.tokenizer(
+        [item["text"].replace(marker, expanded) + option for item, option in pairs],
+        return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False,
+    ).to(model.device)  # fmt: skip
     ids, ends = inputs["input_ids"], inputs["attention_mask"].sum(1)
     lengths = ends.new_tensor([len(processor.tokenizer(option)["input_ids"]) for _, option in pairs])
     place = torch.arange(ids.shape[1], device=ids.device)
     spoken = (place >= (ends - lengths)[:, None]) & (place < ends[:, None])  # (B, T): the option's own tokens
     asked = torch.nn.functional.pad(spoken[:, 1:], (0, 1))  # the positions that predict them
-    logits = model(**inputs, logits_to_keep=asked).logits[0].float()  # (K, V)
+    logits = model(
+        input_ids=ids, attention_mask=inputs["attention_mask"], logits_to_keep=asked,
+        mm_encoder_outputs=shared_features(model, processor, items),
+    ).logits[0].float()  # (K, V)  # fmt: skip
     scores = logits.log_softmax(-1).gather(1, ids[spoken][:, None])[:, 0]
     sums = iter(part.sum().item() for part in scores.split(lengths.tolist()))
     return [[next(sums) for _ in item["options"]] for item in items]

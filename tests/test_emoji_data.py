@@ -18,9 +18,10 @@ pytest.importorskip("fontTools")
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
+from minivlm.evaluation.grounding import is_in_place
 from tools.emoji import prepare, questions, sources
 from tools.emoji.concepts import BARE_NAMES, CATEGORIES, Concept, confusable
-from tools.emoji.grounding import GROUNDING_TASKS, is_right
+from tools.emoji.grounding import GROUNDING_TASKS
 from tools.emoji.photos import FREE
 from tools.emoji.questions import COLORS, PHRASES, POSITIONS
 from tools.emoji.rows import COLUMNS
@@ -247,7 +248,7 @@ def test_grounding_files_ask_canonically_and_their_boxes_are_inside_the_picture(
         assert (box is not None) == (task in ("point", "box"))
         if box is not None:
             left, top, right, bottom = box
-            assert 0 <= left < right <= 100 and 0 <= top < bottom <= 100 and is_right(task, answer, box)
+            assert 0 <= left < right <= 100 and 0 <= top < bottom <= 100 and is_in_place(task, answer, box)
     assert {row[:2] for row in rows(name)} == {
         (task, language) for task in GROUNDING_TASKS for language in ("en", "zh")
     }

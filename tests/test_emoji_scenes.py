@@ -12,11 +12,12 @@ from PIL import Image, ImageDraw
 
 pytest.importorskip("resvg_py")
 
+from minivlm.evaluation.grounding import is_in_place
 from processing_minivlm import to_rgb
 from tools.emoji.composer import Composer
 from tools.emoji.concepts import Concept
 from tools.emoji.drawings import Drawings, centred, load_concept_table, save_concept_table
-from tools.emoji.grounding import colour_question, grounding_rows, iou, is_right, only_above, read_numbers, to_percent
+from tools.emoji.grounding import colour_question, grounding_rows, only_above, to_percent
 from tools.emoji.photos import photo_rows, read_credits, read_resources
 from tools.emoji.pictures import BACKGROUNDS, SIZE, choose_ground, draw_single, look
 from tools.emoji.questions import only_left
@@ -180,23 +181,12 @@ def test_the_stored_answers_are_right_and_their_neighbours_wrong(drawings):
             assert (box is not None) == (task in ("point", "box"))
             if box is None:
                 continue
-            assert is_right(task, answer, box) and is_right(task, answer.replace(",", "，") + "。", box)
+            assert is_in_place(task, answer, box) and is_in_place(task, answer.replace(",", "，") + "。", box)
             others = [to_percent(t.box) for t in things if to_percent(t.box) != box]
-            assert not any(is_right(task, answer, other) for other in others), question
+            assert not any(is_in_place(task, answer, other) for other in others), question
     assert asked == {
         (task, language) for task in ("point", "box", "above", "count_colour") for language in ("en", "zh")
     }
-
-
-def test_iou_and_what_counts_as_an_answer():
-    box = (10, 10, 30, 30)
-    assert iou(box, box) == 1 and iou(box, (40, 40, 60, 60)) == 0
-    assert iou(box, (10, 10, 20, 30)) == pytest.approx(0.5) and iou(box, (20, 20, 40, 40)) == pytest.approx(1 / 7)
-    assert is_right("box", "10,10,20,30", box) and not is_right("box", "10,10,19,30", box)
-    assert is_right("point", "30,10", box) and not is_right("point", "31,10", box)
-    assert read_numbers("12, 40,55 ,88", 4) == (12, 40, 55, 88)
-    for text in ("12,40,55", "12,40,55,101", "12,40,55,8.5", "12,40,55,88 or so", "-1,2,3,4", ""):
-        assert read_numbers(text, 4) is None
 
 
 def test_packed_drawings_keep_their_transparency_and_are_seen_on_white(tmp_path, drawings):

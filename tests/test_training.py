@@ -250,7 +250,7 @@ def test_evaluation_counts_what_a_person_would_count(data, tmp_path):
 def test_the_score_of_an_option_is_its_likelihood_when_read_alone(tmp_path):
     choices = [["dog", "cat", "a red bus"], ["家", "狗与猫", "红色的车"], ["yes", "no"]]
     listed = [choices[i % 3] for i in range(6)]
-    rows = [row(question=f"Which, {i}?", answer=c[0], seed=i) | {"options": c} for i, c in enumerate(listed)]
+    rows = [row(f"Which, {i}?", c[0], i % 3, seed=3 * i) | {"options": c} for i, c in enumerate(listed)]
     rows.append(row(question="No options?", answer="dog") | {"options": None})
     data = train_accelerate.load_rows([write(tmp_path / "rows.parquet", rows)])
     processor, model = make_processor(), make_model(text={"vocab_size": 6400})
@@ -258,8 +258,8 @@ def test_the_score_of_an_option_is_its_likelihood_when_read_alone(tmp_path):
 
     def likelihood(item, option):
         image = [decode_image(image) for image in item["images"]]
-        inputs = processor(text=f"{item['text']}{option}<|im_end|>", images=image, return_tensors="pt")
-        start = len(processor(text=item["text"], images=image)["input_ids"][0])
+        inputs = processor(text=f"{item['text']}{option}<|im_end|>", images=image or None, return_tensors="pt")
+        start = len(processor(text=item["text"], images=image or None)["input_ids"][0])
         ids = inputs["input_ids"][0]
         with torch.no_grad():
             scores = model(**inputs).logits[0].log_softmax(-1)

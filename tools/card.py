@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard
 from minivlm.cli import Parser, run_command
 from minivlm.hub.card import put
 from minivlm.hub.findings import OWN_REPO
-from minivlm.hub.results import cells, evidence
+from minivlm.hub.results import KINDS, cells, evidence
 
 
 def own_results(metrics: dict) -> list[EvalResult]:
@@ -32,17 +32,18 @@ def own_results(metrics: dict) -> list[EvalResult]:
 
 
 def own_entries(metrics: dict) -> list[dict]:
-    """Return the entries of `.eval_results/`; `-likeliest` marks tasks whose options were ranked."""
+    """Return the entries of `.eval_results/`; `-likeliest` and `-words` tell apart the kinds of scores of a task."""
+    endings = {title: ending for _, _, title, ending in KINDS}
     return [
         {
             "dataset": {
                 "id": OWN_REPO,
-                "task_id": (part or "overall") + ("-likeliest" if metric == "accuracy" else ""),
+                "task_id": (part or "overall") + endings.get(title, ""),
             },
             "value": cell["match"],
             "notes": f"{title}: {evidence(cell)}",
         }
-        for metric, title, part, cell in cells(metrics)
+        for _, title, part, cell in cells(metrics)
     ]
 
 

@@ -18,7 +18,7 @@ from minivlm.cli import Parser, run_command
 from minivlm.commands import train_tower
 from minivlm.data.rows import filter_rows, load_rows
 from minivlm.evaluation.contact_sheet import answers_page, contact_sheet
-from minivlm.evaluation.scoring import evaluate, normalise, print_table, prompts
+from minivlm.evaluation.scoring import evaluate, is_right, print_table, prompts
 from minivlm.inference import answer
 from minivlm.model.loading import load_trained
 from minivlm.pages import write_page
@@ -48,7 +48,7 @@ def show(model_path: Path, output_dir: Path) -> None:
     outputs = answer(model, processor, items)
     print("\nPictures of a style that it was not trained on:\n")
     for item, output in zip(items, outputs):
-        mark = "right" if normalise(output) == normalise(item["answer"]) else "wrong"
+        mark = "right" if is_right(item, output) else "wrong"
         print(f"  {mark}  {item['question']}\n         truth: {item['answer']}    model: {output}")
     sheet = output_dir / "contact_sheet.png"
     contact_sheet(items, outputs).save(sheet)

@@ -7,7 +7,7 @@ from functools import cache
 from PIL import Image, ImageDraw, ImageFont
 
 from minivlm.data.pictures import decode_image
-from minivlm.evaluation.scoring import normalise
+from minivlm.evaluation.scoring import is_right
 from minivlm.pages import figure, page
 from minivlm.resources import FONT
 
@@ -68,7 +68,7 @@ def contact_sheet(
         picture = decode_image(item["images"][0])
         picture.thumbnail((cell[0] - 16, 128))
         sheet.paste(picture, (x, y))
-        right = normalise(output) == normalise(item["answer"])
+        right = is_right(item, output)
         said, color = (f"✓ model: {output}", "#0a7d20") if right else (f"× model: {output}", "#c01818")
         y += 132
         texts = (item["question"], 3, "black"), (f"truth: {item['answer']}", 2, "black"), (said, 2, color)
@@ -84,7 +84,7 @@ def answers_page(title: str, items: list[dict], outputs: list[str]) -> str:
     """Return the page of `items` from `scoring.prompts`: pictures, question, truth and the answer of the model."""
     cards, hits = [], 0
     for number, (item, output) in enumerate(zip(items, outputs), 1):
-        right = normalise(output) == normalise(item["answer"])
+        right = is_right(item, output)
         hits += right
         kind, sign = ("right", "✓") if right else ("wrong", "✗")
         question, truth, said = (html.escape(text) for text in (item["question"], item["answer"], output))

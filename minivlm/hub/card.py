@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from minivlm.hub.check import read_header
-from minivlm.hub.results import eval_results
+from minivlm.hub.results import counts, eval_results
 from minivlm.hub.secrets import anonymous
 
 MARKER = "<!-- Written by minivlm/hub/card.py, and anew at each upload. Delete this line to keep your own words. -->"
@@ -81,20 +81,23 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def results(metrics: dict) -> str:
-    """Return the section of results: a table of exact matches and one of ranked options; empty without results."""
-    tables = []
-    for key, title in (("tasks", "exact match"), ("ranked", "likeliest option")):
+    """Return the section of results: tables of right answers, ranked options and captions; empty without results."""
+    tables, rules = [], metrics.get("rules", {})
+    first = "right" if rules else "exact match"
+    for key, title in (("tasks", first), ("ranked", "likeliest option"), ("words", "content words")):
         rows = [(task, lang, cell) for task, langs in metrics.get(key, {}).items() for lang, cell in langs.items()]
+        if key == "tasks":
+            rows = [(f"{task} ({rules[task]})" if task in rules else task, lang, cell) for task, lang, cell in rows]
         if key == "tasks" and metrics.get("overall"):
             rows.append(("overall", "", metrics["overall"]))
         lines = [
-            f"| {task} | {lang} | {c['match']:.1%} | {c['hits']} of {c['count']} | {c['low']:.1%} to {c['high']:.1%} |"
+            f"| {task} | {lang} | {c['match']:.1%} | {counts(c)} | {c['low']:.1%} to {c['high']:.1%} |"
             for task, lang, c in rows
         ]
         if lines:
-            tables.append(
-                "\n".join([f"| task | language | {title} | right | 95 % interval |", "|---|---|---|---|---|", *lines])
-            )
+            counted = "answers" if key == "words" else "right"
+            head = f"| task | language | {title} | {counted} | 95 % interval |"
+            tables.append("\n".join([head, "|---|---|---|---|---|", *lines]))
     return "\n\n".join(["## Results", *tables]) if tables else ""
 
 

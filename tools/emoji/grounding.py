@@ -1,53 +1,19 @@
-"""Write questions about places and questions in two steps, and score answers that are places.
+"""Write questions about places and questions in two steps; `minivlm/evaluation/grounding.py` scores the answers.
 
 Places are in per cent of the picture's width and height, from the top left corner: a point is "37,62", a box is
 "12,40,55,88" (left, top, right, bottom). They are computed from where each thing was drawn, so they are exact.
 """
-
-import re
 
 from tools.emoji.concepts import LANGUAGES, Concept
 from tools.emoji.pictures import BACKGROUNDS, SIZE
 from tools.emoji.questions import ask, color_name
 
 GROUNDING_TASKS = ("point", "box", "above", "count_colour")
-IOU = 0.5  # smallest IoU of an answered box with the true box that counts as right
 
 
 def to_percent(box: tuple) -> tuple[int, int, int, int]:
     """Return a box in pixels as whole per cent of the picture."""
     return tuple(round(100 * value / SIZE) for value in box)
-
-
-def read_numbers(text: str, count: int) -> tuple[int, ...] | None:
-    """Return `count` numbers from 0 to 100 that are separated by English or Chinese commas.
-
-    Return None for any other text.
-    """
-    parts = re.split(r"\s*[,，]\s*", text.strip().rstrip(".。"))
-    if len(parts) != count or not all(re.fullmatch(r"\d{1,3}", part) and int(part) <= 100 for part in parts):
-        return None
-    return tuple(map(int, parts))
-
-
-def iou(a: tuple, b: tuple) -> float:
-    """Return the area that two boxes share, divided by the area of their union."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(width, 0) * max(height, 0)
-    areas = sum(max(c[2] - c[0], 0) * max(c[3] - c[1], 0) for c in (a, b))
-    return shared / (areas - shared) if areas > shared else 0.0
-
-
-def is_right(task: str, output: str, box) -> bool:
-    """Return whether an answer is right: a point inside the true box, or a box with an IoU of at least 0.5."""
-    numbers = read_numbers(output, {"point": 2, "box": 4}[task])
-    if numbers is None:
-        return False
-    if task == "box":
-        return iou(numbers, box) >= IOU
-    left, top, right, bottom = box
-    return left <= numbers[0] <= right and top <= numbers[1] <= bottom
 
 
 def only_above(things: list, position: tuple) -> Concept | None:
