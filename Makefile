@@ -19,10 +19,11 @@ RUN = "$(VENV)/bin/python"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo test test-slow test-versions test-all style format clean distclean
+.PHONY: help venv demo release-weights test test-slow test-versions test-all style format clean distclean
 
 help:
 	@echo "make demo       train a small model on the embedded data and show its answers (about 6 minutes on two cores)"
+	@echo "make release-weights  train the released weights again, from the embedded data (about 3 hours; it can be interrupted)"
 	@echo "make test       run the tests, style included, but not those marked slow (for pytest: ARGS='-k packing')"
 	@echo "make test-slow  run the tests marked slow; they take minutes, and some need the network"
 	@echo "make test-versions  run the model's tests on the oldest and the newest transformers (VERSIONS='$(VERSIONS)')"
@@ -46,6 +47,10 @@ venv:
 demo:
 	$(ENVIRONMENT)
 	@$(RUN) -m tools.demo $(ARGS)
+
+release-weights:
+	$(ENVIRONMENT)
+	@$(RUN) -m tools.release_weights $(ARGS)
 
 # One test file per core at a time, four at most: most tests use one thread.
 test:

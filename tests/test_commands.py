@@ -111,7 +111,7 @@ def test_help_of_training_has_groups(capsys):
         ([*TRAIN, "--lerning_rate", "3"], ["--lerning_rate", "did you mean --learning_rate?"]),
         ([*TRAIN, "--learning_rate", "fast"], ["learning_rate", "fast"]),
         (["train", "--model", "nobody/no-such-model"], ["--model nobody/no-such-model"]),
-        (["train", "--recipe", "mikro"], ["mikro", "Did you mean micro?", "emoji_names"]),
+        (["train", "--recipe", "mikro"], ["mikro", "Did you mean micro?", "finetune_folder"]),
         (["evaluate", "nope"], ["nope"]),
         (["evaluate", "nobody/no-such-model"], ["nobody/no-such-model"]),
         (["evaluate", ".", "--data", "nope.parquet"], ["nope.parquet"]),
@@ -233,7 +233,7 @@ def test_a_recipe_is_found_by_path_and_by_name(tmp_path, monkeypatch):
         assert find_recipe(name).samefile(ROOT / "recipes" / "micro.yaml")
     (tmp_path / "micro.yaml").write_text("seed: 1\n")
     assert find_recipe("micro.yaml").samefile(tmp_path / "micro.yaml")  # the user's own file comes first
-    with pytest.raises(ValueError, match="--recipe mikro: .* Did you mean micro[?] Recipes are .*emoji_names"):
+    with pytest.raises(ValueError, match="--recipe mikro: .* Did you mean micro[?] Recipes are .*finetune_folder"):
         find_recipe("mikro")
     with pytest.raises(ValueError, match="no such file"):
         find_recipe(tmp_path / "other" / "micro.yaml")

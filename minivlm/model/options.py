@@ -50,14 +50,14 @@ def check_model(args: ModelArgs) -> None:
 
 
 def read_model_config(path: str) -> dict:
-    """Return the architecture that a config.json describes; `config.json` alone may also be that of our own model.
+    """Return the architecture that a config.json describes; a bare name may also be that of a file of ours.
 
     Raises:
         ValueError: no such file, or no JSON object in it.
     """
     file = Path(path)
-    if not file.is_file() and file == Path("config.json"):
-        file = ASSETS / "config.json"
+    if not file.is_file() and path == file.name and (ASSETS / path).is_file():
+        file = ASSETS / path
     if not file.is_file():
         raise ValueError(f"--model_config {path}: no such file. Name a config.json, or write the mapping itself.")
     try:

@@ -1,6 +1,6 @@
 """Align the features of a trained tower with the words of the names, before the decoder trains.
 
-    python -m tools.emoji.align --model_config config.json --vision_model runs/eyes --minutes 10 --output runs/aligned
+    python -m tools.emoji.align --recipe emoji --vision_model runs/eyes --minutes 10 --output runs/aligned
     accelerate launch train_accelerate.py --recipe emoji --model runs/aligned
 
 The projected features of a thing, averaged over its places, predict the tokens of its name in both languages, in any
@@ -10,6 +10,7 @@ within minutes. Without this, it does not name anything after an hour.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -33,7 +34,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = Parser(__doc__, prog="python -m tools.emoji.align")
     add = parser.add_argument
-    add("--model_config", required=True, help="JSON file with the architecture of the model")
+    add("--recipe", default="emoji", help="recipe whose model_config is the architecture (default: emoji)")
+    add("--model_config", help="config.json with another architecture than that of the recipe")
     add("--vision_model", required=True, help="output folder of tools.emoji.eyes_train")
     add("--drawings", type=Path, default=Path("data/drawings.parquet"), help="drawings.parquet or an .npz file of "
         "tools.emoji.drawings (default: data/drawings.parquet)")  # fmt: skip
@@ -67,17 +69,10 @@ class Aligner:
 
     def __init__(self, args):
         self.args = args
-        options = ["--model_config", args.model_config, "--vision_model", args.vision_model, "--optimizer", "muon"]
-        options += [
-            "--learning_rate",
-            str(args.learning_rate),
-            "--seed",
-            str(args.seed),
-            "--train",
-            "projector",
-            "text",
-        ]
-        self.options = parse_train_args(options)
+        options = ["--recipe", args.recipe, "--vision_model", args.vision_model, "--optimizer", "muon"]
+        options += ["--model_config", args.model_config] if args.model_config else []
+        options += ["--learning_rate", str(args.learning_rate), "--seed", str(args.seed)]
+        self.options = dataclasses.replace(parse_train_args(options), model=None)  # the recipe names what this makes
         torch.manual_seed(args.seed)
         self.model, self.processor = build(self.options)
         drawings = Drawings.load(args.drawings).of(TRAIN_STYLES)

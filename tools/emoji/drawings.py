@@ -65,8 +65,8 @@ class Drawings:
         for pixels in tqdm(self.pixels, desc=path.name):
             buffer = io.BytesIO()
             picture = Image.fromarray(pixels.transpose(1, 2, 0), "RGBA")
-            # The alpha channel takes half of the bytes, and 14 levels are enough for an edge.
-            picture.save(buffer, "WEBP", quality=quality, alpha_quality=60, method=6)
+            # The alpha channel takes half of the bytes, and 11 levels are enough for an edge.
+            picture.save(buffer, "WEBP", quality=quality, alpha_quality=45, method=6)
             pictures.append(buffer.getvalue())
         columns = {"image_bytes": pictures, "style": self.styles, "concept": self.concepts, "mono": self.mono}
         pq.write_table(pa.table(columns), path, compression="zstd", compression_level=15, use_dictionary=["style"])

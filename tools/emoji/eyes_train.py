@@ -91,8 +91,8 @@ class PictureSource:
         self.batch_size, self.seed = batch, seed
         self.per_grid = round(batch * scenes / 2)  # pictures with a grid of 2 x 2, and as many with 3 x 3
         if len(drawings.styles) < (needed := batch + 6 * self.per_grid):
-            raise ValueError(f"There are {len(drawings.styles)} training drawings, fewer than the {needed} of one step. "
-                             "Lower --batch.")  # fmt: skip
+            found = len(drawings.styles)
+            raise ValueError(f"{found} training drawings are fewer than the {needed} of one step. Lower --batch.")
         self.concepts = sorted(set(drawings.concepts.tolist()))
         self.pixels, self.mono = torch.from_numpy(drawings.pixels), torch.from_numpy(drawings.mono)
         self.labels = torch.from_numpy(np.searchsorted(self.concepts, drawings.concepts))
