@@ -69,10 +69,12 @@ class Aligner:
 
     def __init__(self, args):
         self.args = args
-        options = ["--recipe", args.recipe, "--vision_model", args.vision_model, "--optimizer", "muon"]
-        options += ["--model_config", args.model_config] if args.model_config else []
-        options += ["--learning_rate", str(args.learning_rate), "--seed", str(args.seed)]
-        self.options = dataclasses.replace(parse_train_args(options), model=None)  # the recipe names what this makes
+        recipe = parse_train_args(["--recipe", args.recipe])
+        config = parse_train_args(["--model_config", args.model_config]).model_config if args.model_config else None
+        self.options = dataclasses.replace(  # the recipe names as its model what this makes
+            recipe, model=None, model_config=config or recipe.model_config, vision_model=args.vision_model,
+            optimizer="muon", learning_rate=args.learning_rate, seed=args.seed,
+        )  # fmt: skip
         torch.manual_seed(args.seed)
         self.model, self.processor = build(self.options)
         drawings = Drawings.load(args.drawings).of(TRAIN_STYLES)
