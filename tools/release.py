@@ -8,7 +8,7 @@ Each step can be repeated. Without a step all four run in this order:
     --cast      runs/X/release: the model with its weights as bfloat16 or float16
     --evaluate  runs/X/results: a JSON file and a file of answers for each evaluation file, on the cast weights;
                 a file that was measured with the same weights is not measured again
-    --copy      weights and configurations to the root, config.json also to minivlm/assets
+    --copy      weights and configurations to the root
     --write     data/results.json, the tables of README.md and README_zh.md, model-index, .eval_results
 Afterwards: python -m tools.docs runs/X, then minivlm publish . --check --repo_id jinv2/minivlm.
 """
@@ -68,7 +68,7 @@ def cast(run: Path, dtype: str) -> Path:
 
 
 def copy_model(release: Path, root: Path) -> None:
-    """Copy weights and configurations to the root; config.json also to the files that new models start from.
+    """Copy weights and configurations to the root.
 
     Raises:
         ValueError: the model has another tokenizer or chat template than the root. It is not copied by this command.
@@ -83,7 +83,6 @@ def copy_model(release: Path, root: Path) -> None:
     for name in COPIED:
         shutil.copyfile(release / name, root / name)
         print(f"copied: {root / name}")
-    shutil.copyfile(release / "config.json", root / "minivlm" / "assets" / "config.json")
 
 
 def write_results(results: Path, root: Path) -> None:

@@ -67,6 +67,18 @@ KINDS = (
 # First parts of subgroup names. In these subgroups one name often fits another thing: a princess is also a "woman".
 BROAD_SUBGROUPS = ("face", "person", "hand", "cat", "monkey")
 
+DEMO = frozenset(  # things of the demo: well known, and easy to tell apart
+    """
+    ant bat bear bird butterfly cactus camel cat chicken cow crab cricket crocodile deer dog dolphin dove duck
+    elephant fish frog goat gorilla honeybee horse koala lady-beetle leopard lion lizard monkey mouse mushroom
+    octopus owl panda penguin pig rabbit rhinoceros rooster rose scorpion shark snail snake spider sunflower
+    tiger tulip turtle whale wolf avocado banana bread burrito carrot cherries cookie croissant doughnut egg
+    eggplant french-fries grapes hamburger hot-dog hot-pepper ice-cream lemon lollipop peach pear pineapple
+    pizza popcorn strawberry taco tomato watermelon wine-glass airplane ambulance anchor automobile bicycle bus
+    castle fire helicopter rainbow rocket sailboat snowman tractor
+    """.split()
+)
+
 
 @dataclass(frozen=True)
 class Concept:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from minivlm.cli import Parser, run_command
-from tools.emoji.concepts import LANGUAGES, Concept
+from tools.emoji.concepts import DEMO, LANGUAGES, Concept
 from tools.emoji.drawings import Drawings, save_concept_table
 from tools.emoji.grounding import grounding_rows, only_above
 from tools.emoji.photos import load_photos, photo_rows
@@ -40,17 +40,6 @@ from tools.emoji.sources import (
     load_drawings,
 )
 
-DEMO = frozenset(  # things of the demo: well known, and easy to tell apart
-    """
-    ant bat bear bird butterfly cactus camel cat chicken cow crab cricket crocodile deer dog dolphin dove duck
-    elephant fish frog goat gorilla honeybee horse koala lady-beetle leopard lion lizard monkey mouse mushroom
-    octopus owl panda penguin pig rabbit rhinoceros rooster rose scorpion shark snail snake spider sunflower
-    tiger tulip turtle whale wolf avocado banana bread burrito carrot cherries cookie croissant doughnut egg
-    eggplant french-fries grapes hamburger hot-dog hot-pepper ice-cream lemon lollipop peach pear pineapple
-    pizza popcorn strawberry taco tomato watermelon wine-glass airplane ambulance anchor automobile bicycle bus
-    castle fire helicopter rainbow rocket sailboat snowman tractor
-    """.split()
-)
 HELD_OUT_SHARE = 0.15  # share of the concepts that stand in no training scene
 
 

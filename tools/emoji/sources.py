@@ -13,7 +13,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import resvg_py
 from PIL import Image
 
 from tools.emoji.concepts import CATEGORIES, LANGUAGES, Concept
@@ -298,6 +297,8 @@ def draw_svg(body: str, left: float, top: float, width: float, height: float) ->
         f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{body}</svg>'
     )
     scale = RASTER / max(width, height)
+    import resvg_py  # only here, so that training on the drawings of data/ does not need it
+
     png = resvg_py.svg_to_bytes(
         svg_string=svg,
         width=max(1, round(width * scale)),
