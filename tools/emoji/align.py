@@ -24,6 +24,7 @@ from minivlm.model.backbones import build
 from minivlm.model.loading import save_model
 from minivlm.training.optimizers import build_optimizers
 from minivlm.training.options import parse_args as parse_train_args
+from tools.emoji.concepts import DEMO
 from tools.emoji.drawings import Drawings, load_concept_table
 from tools.emoji.eyes import MEAN, STD
 from tools.emoji.eyes_train import PictureSource, generator
@@ -40,6 +41,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--drawings", type=Path, default=Path("data/drawings.parquet"), help="drawings.parquet or an .npz file of "
         "tools.emoji.drawings (default: data/drawings.parquet)")  # fmt: skip
     add("--concepts", type=Path, default=Path("data/concepts.json"), help="concepts.json of the data set")
+    add("--demo", action="store_true", help="learn only the things of the demo")
     add("--output", type=Path, required=True, help="folder for the model")
     add("--minutes", type=float, default=10, help="CPU minutes of training (default: 10)")
     add("--batch", type=int, default=128, help="pictures per step (default: 128)")
@@ -78,6 +80,8 @@ class Aligner:
         torch.manual_seed(args.seed)
         self.model, self.processor = build(self.options)
         drawings = Drawings.load(args.drawings).of(TRAIN_STYLES)
+        if args.demo:
+            drawings = drawings.named(DEMO)
         self.source = PictureSource(drawings, args.batch, args.scenes, args.seed)
         concepts, _ = load_concept_table(args.concepts)
         vocabulary = self.model.config.text_config.vocab_size

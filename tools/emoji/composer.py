@@ -38,6 +38,8 @@ ASKED = {"caption": 0.2, "background": 0.3, "count": 0.5}
 class Composer:
     """Compose the training pictures of a seed, in all styles equally often."""
 
+    singles = SINGLES
+
     def __init__(self, drawings: Drawings, concepts: list[Concept], held_out: set[Concept], seed: int):
         self.album, self.seed = Album(drawings, concepts), seed
         self.styles = [style for style in TRAIN_STYLES if style in self.album.rows]
@@ -64,7 +66,7 @@ class Composer:
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         style = rng.choice(self.styles)
         redrawn = rng.random() < REDRAWN
-        if rng.random() < SINGLES[min(epoch, 1)]:
+        if rng.random() < self.singles[min(epoch, len(self.singles) - 1)]:
             return self.single(rng, index, style, redrawn)
         return self.scene(rng, index, style, redrawn)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
@@ -41,6 +42,11 @@ class Drawings:
     def of(self, styles) -> "Drawings":
         """Return the drawings of the given styles."""
         keep = np.isin(self.styles, list(styles))
+        return Drawings(self.pixels[keep], self.styles[keep], self.concepts[keep])
+
+    def named(self, slugs) -> "Drawings":
+        """Return the drawings of the given concepts."""
+        keep = np.isin(self.concepts, list(slugs))
         return Drawings(self.pixels[keep], self.styles[keep], self.concepts[keep])
 
     def save(self, path: Path) -> None:
@@ -72,9 +78,11 @@ class Drawings:
         pq.write_table(pa.table(columns), path, compression="zstd", compression_level=15, use_dictionary=["style"])
 
     @staticmethod
-    def unpack(path: Path) -> "Drawings":
-        """Read the drawings of a parquet file that `pack` wrote."""
+    def unpack(path: Path, slugs=None) -> "Drawings":
+        """Read the drawings of a parquet file that `pack` wrote; with `slugs` only those of these concepts."""
         table = pq.read_table(path)
+        if slugs is not None:
+            table = table.filter(pa.compute.is_in(table["concept"], pa.array(sorted(slugs))))
         pictures = (Image.open(io.BytesIO(data)).convert("RGBA") for data in table["image_bytes"].to_pylist())
         pixels = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures])
         return Drawings(pixels, *(table[name].to_numpy(zero_copy_only=False) for name in ("style", "concept")))
