@@ -32,6 +32,7 @@ PLOTS = {  # file -> how it is drawn, and its title on the page
 def draw(run: Path, model_path: Path, root: Path, output: Path, names: list[str]) -> dict[str, str]:
     """Draw all pictures into `output`; return file name and title of each."""
     model, processor = load_trained(model_path)
+    model.float()
     tables, answers = read_rows(run / "results", root, names)
     add_categories(answers, root)
     drawn = {}

@@ -27,7 +27,7 @@ import torch
 from minivlm.cli import Parser, positive
 from minivlm.data.rows import load_rows
 from minivlm.evaluation.scoring import evaluate, print_table
-from minivlm.model.loading import check_device, check_name, load_trained
+from minivlm.model.loading import check_device, check_name, load_trained, place
 
 
 def parse_args(argv: list[str] | None):
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_name("", args.model)
     rows = load_rows(args.data)  # before the model: a wrong path should not cost a download
     model, processor = load_trained(args.model)
-    metrics = evaluate(model.to(args.device), processor, rows, args.limit, args.batch_size, args.among)
+    metrics = evaluate(place(model, args.device), processor, rows, args.limit, args.batch_size, args.among)
     print_table(metrics)
     answers = metrics.pop("answers")
     if args.json:

@@ -10,7 +10,7 @@ from minivlm.data.rows import Rows, load_rows
 from minivlm.evaluation.scoring import evaluate, wilson
 from minivlm.hub.card import read_run
 from minivlm.hub.findings import Finding, finding
-from minivlm.model.loading import load_trained
+from minivlm.model.loading import load_trained, place
 
 Z = 3.29  # half width of a 99.9 % interval: one right model in a thousand is called wrong
 SLACK = 0.01  # share of the answers that may differ between two machines, if all rows are measured again
@@ -83,7 +83,7 @@ def load_recorded(folder: Path, names: list[str]) -> Rows:
 def measure_first(folder: Path, rows: Rows, limit: int) -> dict:
     """Return the metrics of the first `limit` rows, as `evaluate` does."""
     model, processor = load_trained(folder)
-    return evaluate(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, rows, limit)
+    return evaluate(place(model, "cuda" if torch.cuda.is_available() else "cpu"), processor, rows, limit)
 
 
 def compare(record: dict, new: dict, complete: bool) -> tuple[list[str], str]:

@@ -55,6 +55,11 @@ def load_trained(path: str | Path) -> tuple[MiniVLMForConditionalGeneration, Min
     return MiniVLMForConditionalGeneration.from_pretrained(path), MiniVLMProcessor.from_pretrained(path)
 
 
+def place(model: MiniVLMForConditionalGeneration, device: str) -> MiniVLMForConditionalGeneration:
+    """Move a model to a device; on a CPU it computes in fp32, or its answers would depend on the processor's bf16."""
+    return model.float() if device == "cpu" else model.to(device)
+
+
 def load_processor(path: str | Path) -> MiniVLMProcessor:
     """Load the processor of a folder or Hub id with this checkout's code."""
     check_name("", str(path), "processor_config.json")
