@@ -20,7 +20,7 @@ ROWS = (  # title in English and Chinese, file, key of the metrics, tasks
         SCENES,
     ),
     ("point to a thing in a scene", "指出场景中的位置", "test_grounding", "tasks", ("point",)),
-    ("name of the thing in a photograph", "照片中物品的名称", "test_photos", "tasks", ("name",)),
+    ("thing in a photograph, among 36 names", "照片中的物品，36 个名称中选", "test_photos", "ranked", ("name",)),
     ("category", "类别", "test", "tasks", ("category",)),
     ("which of four names, the likeliest", "四选一，可能性最大的", "test", "ranked", ("choice",)),
 )
