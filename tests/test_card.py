@@ -20,7 +20,7 @@ from minivlm.data.schemas import minimind_v
 from tools.card import main
 
 FILES = {
-    ("default", "train"): ["train", "train_scenes"],
+    ("default", "train"): ["train"],
     ("default", "validation"): ["dev"],
     ("default", "test"): ["test"],
     ("compositions", "test"): ["test_compositions"],
@@ -53,6 +53,19 @@ def test_the_data_library_finds_the_splits_and_mixes_none(repository):
     assert load_dataset(str(repository), split="test", streaming=True).take(1)  # the default needs no name
     styles = {config: set(load(repository, config, split="test")["style"]) for config in ("default", "demo")}
     assert styles == {"default": {"twemoji"}, "demo": {"twemoji"}}, "the style that no training row shows"
+
+
+def test_the_folder_of_the_data_has_the_drawings_as_well(repository):
+    folder = repository / "data"
+    names = ["default", "compositions", "demo", "drawings", "grounding", "photographs"]
+    assert get_dataset_config_names(str(folder)) == names
+    drawings = load(folder, "drawings", split="train", streaming=True)
+    first = next(iter(drawings))
+    assert list(first) == ["image_bytes", "style", "concept", "mono"] and first["style"] == "noto"
+    with Image.open(io.BytesIO(first["image_bytes"])) as picture:
+        assert (picture.mode, picture.size) == ("RGBA", (96, 96))
+    stored = pq.read_metadata(folder / "drawings.parquet")
+    assert load(folder, "drawings", split="train").num_rows == stored.num_rows
 
 
 def test_pictures_are_pictures_to_the_data_library_and_bytes_to_everybody_else(repository, monkeypatch):

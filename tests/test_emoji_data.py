@@ -18,60 +18,27 @@ pytest.importorskip("fontTools")
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
+from helpers.emoji import CANONICAL, allowed_answers
 from minivlm.evaluation.grounding import is_in_place
 from tools.emoji import prepare, questions, sources
 from tools.emoji.concepts import BARE_NAMES, CATEGORIES, Concept, confusable
+from tools.emoji.drawings import load_concept_table
 from tools.emoji.grounding import GROUNDING_TASKS
 from tools.emoji.photos import FREE
-from tools.emoji.questions import COLORS, PHRASES, POSITIONS
+from tools.emoji.questions import PHRASES
 from tools.emoji.rows import COLUMNS
-from tools.emoji.sources import FIRST_STYLES
+from tools.emoji.sources import DEV_STYLE, FIRST_STYLES, TEST_STYLE, TRAIN_STYLES
 
 DATA = Path(__file__).parent.parent / "data"
-FILES = ("train", "train_scenes", "dev", "test", "test_compositions", "demo_train", "demo_test")
+FILES = ("train", "dev", "test", "test_compositions", "demo_train", "demo_test")
 ALSO = ("drawings", "dev_grounding", "test_grounding", "test_photos")
 STYLES = {
     "train": set(FIRST_STYLES),
-    "train_scenes": set(FIRST_STYLES),
     "dev": {"fxemoji"},
     "test": {"twemoji"},
     "test_compositions": set(FIRST_STYLES),
     "demo_train": set(FIRST_STYLES),
     "demo_test": {"twemoji"},
-}
-CANONICAL = {  # patterns of the questions in the table of data/README.md
-    ("caption", "en"): r"Describe this picture\.",
-    ("caption", "zh"): r"描述这张图片。",
-    ("name", "en"): r"What is this\? Answer with the name\.",
-    ("name", "zh"): r"这是什么？只回答名称。",
-    ("category", "en"): r"Which category does it belong to\?",
-    ("category", "zh"): r"它属于哪一类？",
-    ("choice", "en"): r"Which one is it: .+, .+, .+ or .+\?",
-    ("choice", "zh"): r"它是哪一个：.+、.+、.+、.+？",
-    ("yes_no", "en"): r"(Is this (an? )?|Are these )[^?]+\? Answer yes or no\.",
-    ("yes_no", "zh"): r"这是.+吗？回答是或否。",
-    ("colour", "en"): r"What is its main color\?",
-    ("colour", "zh"): r"它的主要颜色是什么？",
-    ("count", "en"): r"How many things are in the picture\?",
-    ("count", "zh"): r"图片里一共有几个东西？",
-    ("count_kind", "en"): r'How many times does ".+" appear\?',
-    ("count_kind", "zh"): r"“.+”出现了几次？",
-    ("exists", "en"): r"(Is there (an? )?|Are there ).+ in the picture\?",
-    ("exists", "zh"): r"图片里有.+吗？",
-    ("where", "en"): r"Where (is|are) (the )?.+\?",
-    ("where", "zh"): r".+在哪里？",
-    ("left_of", "en"): r"What is to the left of (the )?.+\?",
-    ("left_of", "zh"): r".+的左边是什么？",
-    ("background", "en"): r"What color is the background\?",
-    ("background", "zh"): r"背景是什么颜色？",
-    ("point", "en"): r"Point to (the )?.+\.",
-    ("point", "zh"): r"指出.+的位置。",
-    ("box", "en"): r"Where exactly (is|are) (the )?.+\? Answer with (its|their) box\.",
-    ("box", "zh"): r".+的边框在哪里？",
-    ("above", "en"): r"What is above (the )?.+\?",
-    ("above", "zh"): r".+的上面是什么？",
-    ("count_colour", "en"): r'How many ".+" are \w+\?',
-    ("count_colour", "zh"): r"有几个.色的“.+”？",
 }
 
 
@@ -105,7 +72,7 @@ def pictures(name: str) -> set[bytes]:
 
 
 def test_files_are_small_and_have_the_columns_of_minimind_v():
-    assert sum((DATA / f"{name}.parquet").stat().st_size for name in FILES) <= 20e6
+    assert sum((DATA / f"{name}.parquet").stat().st_size for name in FILES) <= 13e6
     for name in FILES:
         schema = pq.read_schema(DATA / f"{name}.parquet")
         assert tuple(schema.names) == COLUMNS
@@ -115,19 +82,7 @@ def test_files_are_small_and_have_the_columns_of_minimind_v():
 
 @pytest.mark.parametrize("name", FILES)
 def test_one_question_per_row_and_every_answer_is_of_its_kind(name):
-    allowed = {
-        ("yes_no", "en"): {"yes", "no"},
-        ("yes_no", "zh"): {"是", "否"},
-        ("count", "en"): set("12345"),
-        ("count_kind", "en"): set("123"),
-    }
-    for which, language in enumerate(("en", "zh")):
-        allowed["category", language] = {pair[which] for pair in CATEGORIES.values()}
-        allowed["where", language] = {pair[which] for pair in POSITIONS.values()}
-        colors = set(COLORS) if language == "en" else set(COLORS.values())
-        allowed["colour", language] = allowed["background", language] = colors
-        allowed["exists", language] = allowed["yes_no", language]
-        allowed["count", language], allowed["count_kind", language] = set("12345"), set("123")
+    allowed = allowed_answers()
     for task, language, _, _, question, answer in rows(name):
         assert answer in allowed.get((task, language), {answer}) and answer == answer.strip() != "", (question, answer)
         assert (language == "en") == question.isascii() or "ñ" in question, (language, question)
@@ -156,10 +111,9 @@ def test_a_picture_is_stored_once_per_row_group():
 def test_no_style_and_no_picture_is_in_training_and_in_a_test_of_styles():
     for name in FILES:
         assert {row[2] for row in rows(name)} == STYLES[name]
-    training = STYLES["train"] | STYLES["train_scenes"]
-    assert not training & (STYLES["dev"] | STYLES["test"]) and not STYLES["dev"] & STYLES["test"]
-    seen = pictures("train") | pictures("train_scenes")
-    assert not any(seen & pictures(name) for name in ("dev", "test", "test_compositions"))
+    assert STYLES["train"] <= set(TRAIN_STYLES) and len({DEV_STYLE, TEST_STYLE, *TRAIN_STYLES}) == 13
+    assert STYLES["dev"] == {DEV_STYLE} and STYLES["test"] == {TEST_STYLE}
+    assert not any(pictures("train") & pictures(name) for name in ("dev", "test", "test_compositions"))
     assert not pictures("demo_train") & pictures("demo_test")
 
 
@@ -171,17 +125,12 @@ def test_demo_asks_about_nothing_but_its_own_things():
         assert {option for listed in options(name) for option in listed or ()} <= named
 
 
-def test_new_compositions_are_made_of_things_that_no_training_scene_shows_or_names():
-    seen = {slug for row in rows("train_scenes") for slug in row[3].split(",")}
+def test_new_compositions_are_made_of_things_that_the_composer_keeps_out_of_its_scenes():
+    concepts, held_out = load_concept_table(DATA / "concepts.json")
     unseen = {slug for row in rows("test_compositions") for slug in row[3].split(",")}
-    known = {row[3] for row in rows("train")}
-    assert not seen & unseen and unseen <= known
-    assert 0.12 < 1 - len(seen) / len(known) < 0.18
-    names = {row[3]: row[5] for row in rows("train") if row[0] == "name" and row[1] == "zh"}
-    asked = {row[4] for row in rows("train_scenes") if row[1] == "zh" and row[0] == "exists"}
-    pattern = [p.replace("{x}", "(.+)") for p in PHRASES["exists", "zh"]]
-    named = {m[1] for question in asked for p in pattern if (m := re.fullmatch(p, question))}
-    assert not named & {names[slug] for slug in unseen} and len(named) > 500
+    assert unseen <= {concept.slug for concept in held_out} and len(unseen) > 190
+    assert (len(concepts), len(held_out)) == (1358, 204)
+    assert {concept.slug for concept in concepts} == {row[3] for row in rows("train")}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -234,10 +183,6 @@ def test_a_prefix_of_an_evaluation_file_is_a_fair_sample(name):
     for task, count in whole.items():
         expected = 1000 * count / whole.total()
         assert abs(start[task] - expected) < 4 * expected**0.5 + 1, task
-
-
-def test_all_files_together_are_small():
-    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) <= 30e6
 
 
 @pytest.mark.parametrize(("name", "style"), (("dev_grounding", "fxemoji"), ("test_grounding", "twemoji")))
@@ -363,7 +308,7 @@ def test_builder_writes_the_same_bytes_for_the_same_seed(tmp_path, monkeypatch):
 
     def build(output: str, seed: int) -> dict[str, bytes]:
         folders = ["--packages", packages, "--output", tmp_path / output]
-        arguments = [*folders, "--seed", seed, "--scenes", 10, "--eval-scenes", 6]
+        arguments = [*folders, "--seed", seed, "--eval-scenes", 6]
         prepare.build(prepare.parse_args([str(argument) for argument in arguments]))
         return {path.name: path.read_bytes() for path in (tmp_path / output).iterdir()}
 
@@ -371,9 +316,10 @@ def test_builder_writes_the_same_bytes_for_the_same_seed(tmp_path, monkeypatch):
     assert first == again
     assert first.keys() == {f"{name}.parquet" for name in (*FILES, *ALSO)} | {"concepts.json"}
     assert all(first[name] != other[name] for name in first.keys() - {"drawings.parquet"})
-    held_out = pq.read_table(tmp_path / "first/test_compositions.parquet")["concept"].to_pylist()
-    seen = pq.read_table(tmp_path / "first/train_scenes.parquet")["concept"].to_pylist()
-    assert not {c for row in held_out for c in row.split(",")} & {c for row in seen for c in row.split(",")}
+    shown = pq.read_table(tmp_path / "first/test_compositions.parquet")["concept"].to_pylist()
+    _, held_out = load_concept_table(tmp_path / "first/concepts.json")
+    assert {c for row in shown for c in row.split(",")} <= {concept.slug for concept in held_out}
+    assert set(pq.read_table(tmp_path / "first/drawings.parquet")["style"].to_pylist()) == set(TRAIN_STYLES)
 
 
 def test_a_package_of_another_version_is_refused(tmp_path):

@@ -1,21 +1,17 @@
-"""Test the files of drawings, the pictures composed from a seed, and the questions about places."""
+"""Test the files of drawings, the scenes made of them, and the questions about places."""
 
 import json
 import random
-import re
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
-pytest.importorskip("resvg_py")
-
+from helpers.emoji import CONCEPTS, STYLES, make_drawings
 from minivlm.evaluation.grounding import is_in_place
 from processing_minivlm import to_rgb
-from tools.emoji.composer import Composer
-from tools.emoji.concepts import Concept
 from tools.emoji.drawings import Drawings, centred, load_concept_table, save_concept_table
 from tools.emoji.grounding import colour_question, grounding_rows, only_above, to_percent
 from tools.emoji.photos import photo_rows, read_credits, read_resources
@@ -24,59 +20,11 @@ from tools.emoji.questions import only_left
 from tools.emoji.scenes import Album, Thing
 from tools.emoji.sources import match_numbered
 
-STYLES = ("noto", "symbola")  # one with colours, one of a single colour
-
-
-def concept(number: int) -> Concept:
-    """Return a concept with a made-up name that depends on `number`."""
-    name = "".join("bdfgklmnprstvz"[(number // 14**i) % 14] + "aeiou"[(number + i) % 5] for i in range(3))
-    return Concept(f"{number}", name, name, chr(0x4E00 + number), number % 2, f"s{number}")
-
-
-CONCEPTS = [concept(number) for number in range(24)]
-
 
 @pytest.fixture(scope="module")
 def drawings() -> Drawings:
-    """Return one drawing per style and concept, each with its own shape and colour."""
-    found = []
-    for style in STYLES:
-        for number, thing in enumerate(CONCEPTS):
-            sprite = Image.new("RGBA", (40 + number, 64 - number))
-            shade = BACKGROUNDS[sorted(BACKGROUNDS)[number % 11]][0] if style == "noto" else (0, 0, 0)
-            ImageDraw.Draw(sprite).ellipse((0, 0, sprite.width - 1, sprite.height - 1), fill=(*shade, 255))
-            found.append((style, thing, sprite))
-    return Drawings.gather(found)
-
-
-@pytest.fixture(scope="module")
-def composer(drawings) -> Composer:
-    """Return a composer that keeps the first four concepts out of its scenes."""
-    return Composer(drawings, CONCEPTS, set(CONCEPTS[:4]), seed=0)
-
-
-def test_a_picture_follows_from_seed_epoch_and_index(drawings, composer):
-    again = Composer(drawings, CONCEPTS, set(CONCEPTS[:4]), seed=0)
-    other = Composer(drawings, CONCEPTS, set(CONCEPTS[:4]), seed=1)
-
-    def seen(composer, epoch, index):
-        picture, *rest = composer.rows(epoch, index)
-        return picture.tobytes(), rest
-
-    keys = [(epoch, index) for epoch in range(2) for index in range(10)]
-    first = [seen(composer, *key) for key in keys]
-    assert first == [seen(again, *key) for key in reversed(keys)][::-1]  # no call depends on an earlier one
-    assert len({picture for picture, _ in first}) == len(keys)
-    assert not {picture for picture, _ in first} & {seen(other, *key)[0] for key in keys}
-
-
-def test_training_scenes_neither_show_nor_name_what_is_held_out(composer):
-    held_out = {name for thing in CONCEPTS[:4] for name in (thing.en, thing.zh)}
-    scenes = [composer.scene(random.Random(i), i, random.Random(i).choice(STYLES)) for i in range(60)]
-    words = {word for *_, rows in scenes for row in rows for word in re.findall(r"\w+", f"{row[2]} {row[3]}")}
-    shown = {slug for _, _, slugs, _ in scenes for slug in slugs.split(",")}
-    assert not held_out & shown and not {thing.en for thing in CONCEPTS[:4]} & words
-    assert {thing.en for thing in CONCEPTS[4:]} <= words
+    """Return the made-up drawings."""
+    return make_drawings()
 
 
 @pytest.mark.parametrize("style", STYLES)

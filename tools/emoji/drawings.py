@@ -62,7 +62,7 @@ class Drawings:
         with np.load(path) as found:
             return Drawings(found["pixels"], found["styles"], found["concepts"])
 
-    def pack(self, path: Path, quality: int = 70) -> None:
+    def pack(self, path: Path, quality: int = 52) -> None:
         """Write a parquet file with one row per drawing; its picture is WebP with alpha.
 
         `processing_minivlm.to_rgb` shows such a picture on white.

@@ -1,8 +1,10 @@
 """Build the embedded data set of MiniVLM: emoji of six artists' sets, with questions and exact answers.
 
     python -m tools.emoji.prepare                          # the files of data/, byte for byte, in a few minutes
-    python -m tools.emoji.prepare --scenes 20000 --output runs/more-scenes
     python -m tools.emoji.prepare --report data            # row counts and majority floors of existing files
+
+Training composes its own pictures from drawings.parquet and concepts.json (composer.py). train.parquet is a plain file
+of fixed rows on the first five styles, for a first run and for other programs.
 
 Artwork and names come from npm packages at pinned versions (`PACKAGES`); npm installs missing packages into
 --packages. Each file depends on --seed, the packages, and the versions of resvg-py, Pillow (libwebp) and pyarrow.
@@ -51,16 +53,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--packages", type=Path, default=Path("runs/emoji-packages"), help="folder of the npm packages; "
         "npm installs missing packages at their pinned versions (default: runs/emoji-packages)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
-    add("--scenes", type=int, default=3000, help="number of training scenes (default: 3000)")
     add("--eval-scenes", type=int, default=300, help="number of scenes in test and in test_compositions; dev has half "
         "as many (default: 300)")  # fmt: skip
-    add("--quality", type=int, default=70, help="WebP quality, 1 to 100 (default: 70)")
+    add("--quality", type=int, default=70, help="WebP quality of the pictures, 1 to 100; drawings.parquet has its "
+        "own (default: 70)")  # fmt: skip
     add("--report", type=Path, metavar="FOLDER", help="only print counts and majority floors of the files in FOLDER")
     args = parser.parse_args(argv)
     if not 1 <= args.quality <= 100:
         parser.error(f"--quality {args.quality} must be between 1 and 100.")
-    if min(args.scenes, args.eval_scenes) < 2:
-        parser.error(f"--scenes {args.scenes} and --eval-scenes {args.eval_scenes} must be at least 2.")
+    if args.eval_scenes < 2:
+        parser.error(f"--eval-scenes {args.eval_scenes} must be at least 2.")
     return args
 
 
@@ -116,8 +118,7 @@ def build_singles(split: str, styles: tuple, sprites: dict, args) -> list[dict]:
 
 
 def build_scenes(split: str, styles: tuple, sprites: dict, pool: list[Concept], number: int, args) -> list[dict]:
-    """Return rows on `number` scenes, whose things are concepts of `pool`."""
-    train = split == "train_scenes"
+    """Return rows of an evaluation file on `number` scenes, whose things are concepts of `pool`."""
     order = list(range(number))  # even or odd decides yes or no, so it must not depend on the style
     random.Random(f"{args.seed}/{split}/order").shuffle(order)
     rows = []
@@ -129,7 +130,7 @@ def build_scenes(split: str, styles: tuple, sprites: dict, pool: list[Concept], 
         shown = [sprites[style][concept][0] for concept, _ in things]
         drawn, _ = draw_scene(rng, shown, [position for _, position in things], shade)
         picture, slugs = encode(drawn, args.quality), ",".join(concept.slug for concept, _ in things)
-        asked = scene_rows(rng, index, things, ground, found, canonical=not train, repeats=2 if train else 1)
+        asked = scene_rows(rng, index, things, ground, found, canonical=True, repeats=1)
         rows += [make_row(picture, style, slugs, *row) for row in asked]
     return rows
 
@@ -155,7 +156,7 @@ def build(args) -> None:
     found = load_sprites(concepts, drawings)
     sprites = first_sprites(found)
     held_out = set(random.Random(f"{args.seed}/held out").sample(concepts, round(len(concepts) * HELD_OUT_SHARE)))
-    seen, unseen = [c for c in concepts if c not in held_out], [c for c in concepts if c in held_out]
+    unseen = [c for c in concepts if c in held_out]
     args.output.mkdir(parents=True, exist_ok=True)
     save_concept_table(args.output / "concepts.json", concepts, held_out)
     everything = Drawings.gather((style, concept, sprite) for style, concept, sprite, *_ in found)
@@ -168,7 +169,6 @@ def build(args) -> None:
     famous = {style: {c: sprite for c, sprite in found.items() if c.slug in DEMO} for style, found in sprites.items()}
     files = {
         "train": lambda: build_singles("train", FIRST_STYLES, sprites, args),
-        "train_scenes": lambda: build_scenes("train_scenes", FIRST_STYLES, sprites, seen, args.scenes, args),
         "dev": lambda: (
             build_singles("dev", (DEV_STYLE,), sprites, args)
             + build_scenes("dev", (DEV_STYLE,), sprites, concepts, number // 2, args)

@@ -115,7 +115,7 @@ class Album:
         return Painted(sprite, colour, hidden_by_grounds(fill))
 
     def redraw(self, rng, row: int) -> Painted:
-        """Return drawing number `row` in changed colours, sometimes with an outline; its main colour is not known.
+        """Return drawing number `row` in changed colours; its main colour is not known.
 
         The background is chosen by the colours of the original, which is right in most cases.
         """
