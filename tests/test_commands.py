@@ -122,7 +122,7 @@ def test_help_of_training_has_groups(capsys):
         (["publish", "nope", "--repo_id", "a/b"], ["nope"]),
         (["plot", "nope"], ["nope"]),
         (["benchmark-data", "--data", "nope.parquet"], ["nope.parquet"]),
-        (["train-tower", "--recipe", "emoji", "--data", "nope.parquet"], ["nope.parquet"]),
+        (["train-tower", "--recipe", "micro", "--data", "nope.parquet"], ["nope.parquet"]),
         (["train-tower", "--recipe", "finetune_folder"], ["finetune_folder", "no model_config"]),
         (["evaluate", ".", "--limit", "-3"], ["-3", "1 or more"]),
         (["evaluate", ".", "--batch_size", "0"], ["0: must be a whole number, 1 or more"]),

@@ -1,7 +1,7 @@
 """Train a vision tower to tell the concepts of labelled pictures apart.
 
-    minivlm train-tower --recipe emoji --minutes 45 --output_dir runs/tower
-    minivlm train --recipe emoji --vision_model runs/tower
+    minivlm train-tower --recipe demo_from_scratch --minutes 15 --output_dir runs/tower
+    minivlm train --recipe demo_from_scratch --vision_model runs/tower
 
 A tower trains many times faster on a classifier's gradient than through a decoder that starts from random weights.
 Published vision-language models start from a pretrained tower for this reason (LLaVA, arXiv 2304.08485, section 4.1).
