@@ -127,11 +127,12 @@ def test_time_left_is_told_once_it_is_known(length, data, tmp_path, capsys):
     assert minutes_left(State(step=1, seconds=60), sys.maxsize, 5) == 4.0
 
 
-def test_demo_runs_from_nothing_to_a_contact_sheet(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("start", [[], ["--from_scratch"]])
+def test_demo_runs_to_a_contact_sheet(start, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(demo, "evaluate", lambda model, processor, rows: evaluate(model, processor, rows, limit=20))
     with torch._dynamo.config.patch(disable=True):  # compiling takes longer than this whole test
-        demo.main(["--minutes", "0.1", "--output_dir", str(tmp_path)])
+        demo.main(["--minutes", "0.1", "--output_dir", str(tmp_path), *start])
     out = capsys.readouterr().out
     assert out.count("truth: ") == sum(demo.SHOWN.values()) and "exact match" in out
     with Image.open(tmp_path / "contact_sheet.png") as sheet:

@@ -41,7 +41,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--drawings", type=Path, default=Path("data/drawings.parquet"), help="drawings.parquet or an .npz file of "
         "tools.emoji.drawings (default: data/drawings.parquet)")  # fmt: skip
     add("--concepts", type=Path, default=Path("data/concepts.json"), help="concepts.json of the data set")
-    add("--demo", action="store_true", help="learn only the things of the demo")
+    add("--demo", action="store_true", help="learn only the things of the demo, which needs a .parquet file")
     add("--output", type=Path, required=True, help="folder for the model")
     add("--minutes", type=float, default=10, help="CPU minutes of training (default: 10)")
     add("--batch", type=int, default=128, help="pictures per step (default: 128)")
@@ -79,10 +79,8 @@ class Aligner:
         )  # fmt: skip
         torch.manual_seed(args.seed)
         self.model, self.processor = build(self.options)
-        drawings = Drawings.load(args.drawings).of(TRAIN_STYLES)
-        if args.demo:
-            drawings = drawings.named(DEMO)
-        self.source = PictureSource(drawings, args.batch, args.scenes, args.seed)
+        drawings = Drawings.unpack(args.drawings, DEMO) if args.demo else Drawings.load(args.drawings)
+        self.source = PictureSource(drawings.of(TRAIN_STYLES), args.batch, args.scenes, args.seed)
         concepts, _ = load_concept_table(args.concepts)
         vocabulary = self.model.config.text_config.vocab_size
         self.targets = name_tokens(self.processor.tokenizer, concepts, self.source.concepts, vocabulary)

@@ -44,11 +44,6 @@ class Drawings:
         keep = np.isin(self.styles, list(styles))
         return Drawings(self.pixels[keep], self.styles[keep], self.concepts[keep])
 
-    def named(self, slugs) -> "Drawings":
-        """Return the drawings of the given concepts."""
-        keep = np.isin(self.concepts, list(slugs))
-        return Drawings(self.pixels[keep], self.styles[keep], self.concepts[keep])
-
     def save(self, path: Path) -> None:
         """Write the drawings to an .npz file."""
         path.parent.mkdir(parents=True, exist_ok=True)
