@@ -27,7 +27,7 @@ DATA = """
     bad_rows pictures files schemas options rows encoder dataset composed plans collators streaming features loader
     preview preview_page
 """.split()
-LIMITS = {"function": 40, "parameters": 7, "file": 399, "modeling": 499}
+LIMITS = {"function": 40, "parameters": 7, "file": 399, "modeling": 519}
 BANNER = re.compile(r"#\s*([-=#*~_─═])\1{2,}|.*([-=#*~_─═])\2{3,}\s*$")
 RIDDLES = re.compile(r"(What|Whether|How)\b")
 
@@ -301,7 +301,7 @@ def test_limits_of_functions_are_found(tmp_path):
 
 def test_long_files_banners_and_riddles_are_found(tmp_path):
     write(tmp_path, {"minivlm/a.py": "x = 1\n" * 399, "minivlm/b.py": "x = 1\n" * 400})
-    write(tmp_path, {"modeling_minivlm.py": "x = 1\n" * 499})
+    write(tmp_path, {"modeling_minivlm.py": "x = 1\n" * 519})
     assert [line.split(":")[0] for line in long_files(tmp_path)] == ["minivlm/b.py"]
     comments = "# ------ data ------\n# Data\nx = '# ----'  # a - b\n# data ====\n#####\n# https://a/b--c\n"
     write(tmp_path, {"minivlm/c.py": comments})

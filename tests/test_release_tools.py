@@ -169,7 +169,7 @@ def test_the_short_table_pools_scenes_and_takes_the_first_six_that_were_measured
     assert len(titles) == 6 and titles[-1] == "| which of four names, the likeliest"
     [scenes] = [line for line in table.splitlines() if "scenes" in line]
     assert "100.0%" in scenes and "| 0.0%" in scenes and "| 180 + 180 |" in scenes
-    table = short_table(results | {"files": {"test_photos": {"tasks": {"name": both}}}})
+    table = short_table(results | {"files": {"test_photos": {"ranked": {"name": both}}}})
     assert "photograph" in table and table.splitlines()[-1].startswith("| category")
 
 

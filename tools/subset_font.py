@@ -30,8 +30,9 @@ def characters(data: Path) -> set[str]:
     """Printable Latin, common punctuation, and each character of a text in the parquet files of `data`."""
     found = set(PRINTABLE + PUNCTUATION)
     for file in sorted(data.glob("*.parquet")):
-        table = parquet.read_table(file, columns=list(TEXTS))
-        for name in TEXTS:
+        names = [name for name in TEXTS if name in parquet.read_schema(file).names]  # drawings have no questions
+        table = parquet.read_table(file, columns=names)
+        for name in names:
             for value in table[name].unique().to_pylist() if name != "options" else table[name].to_pylist():
                 found.update(*(value if isinstance(value, list) else [value or ""]))
     return found - {"\n", "\r", "\t"}
@@ -40,7 +41,7 @@ def characters(data: Path) -> set[str]:
 def subset_font(source: Path, wanted: set[str]) -> TTFont:
     """The font with the glyphs of `wanted` only, under a name of its own."""
     options = subset.Options(layout_features=["kern", "mark", "mkmk"], hinting=False, name_IDs=list(KEPT_NAMES))
-    options.notdef_outline = True  # a box for what the font lacks, by which `has` in reporting_minivlm.py knows it
+    options.notdef_outline = True  # a box for what the font lacks, by which a contact sheet knows it
     font = subset.load_font(str(source), options)
     subsetter = subset.Subsetter(options)
     subsetter.populate(unicodes=map(ord, wanted))

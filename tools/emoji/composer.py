@@ -29,10 +29,10 @@ from tools.emoji.sources import TRAIN_STYLES
 
 DATA = Path(os.environ.get("MINIVLM_EMOJI_DATA", "data"))
 PICTURES = 20_000  # of an epoch; a number without meaning, since no picture comes twice
-SINGLES = (0.85, 0.5)  # share of pictures that show one thing, in the first epoch and later: names are learned first
+SINGLES = (0.85, 0.4)  # share of pictures that show one thing, in the first epoch and later: names are learned first
 REDRAWN = 0.5  # share of pictures whose things have other colours, so that shapes must be learned
 # Share of the questions about scenes that are asked: these are learned quickly, or their answers are long.
-ASKED = {"caption": 0.2, "background": 0.3, "count": 0.5}
+ASKED = {"caption": 0.2, "count": 0.5}
 
 
 class Composer:
