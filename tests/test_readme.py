@@ -36,7 +36,7 @@ SHORTER = {
 BLOCK = re.compile(r"```(\w*)\n(.*?)```\n?", re.S)
 # Options in the documents that are not options of training: of pip, pytest, and of other commands.
 OTHER_OPTIONS = {"--check", "--debug", "--verify", "--out", "--help", "--minutes", "--repo_id", "--config_file"}
-OTHER_OPTIONS |= {"--no"}  # how the pattern below reads pip's --no-deps
+OTHER_OPTIONS |= {"--from_scratch", "--no"}  # how the pattern below reads pip's --no-deps
 
 
 def read(document: str) -> str:
