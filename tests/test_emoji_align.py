@@ -14,7 +14,7 @@ from tools.emoji import align
 from tools.emoji.augment import compose, lay_out
 from tools.emoji.concepts import Concept
 from tools.emoji.drawings import Drawings, save_concept_table
-from tools.emoji.eyes import Eyes, build_tower, cell_weights, means, save
+from tools.emoji.eyes import Eyes, build_tower, cell_weights, means, save, threads
 from tools.emoji.eyes_train import PictureSource, generator
 
 NAMES = [("red apple", "红苹果"), ("zebra", "斑马"), ("ship", "船"), ("tiger", "老虎")]
@@ -68,6 +68,14 @@ def test_a_step_of_the_source_follows_from_its_number(drawings):
     torch.testing.assert_close(first.weights.sum(-1), shown.float())
     with pytest.raises(ValueError, match="32 training drawings are fewer than the 224 of one step. Lower --batch"):
         PictureSource(drawings, batch=56, scenes=1.0, seed=3)
+
+
+def test_a_program_that_calls_another_keeps_its_threads():
+    number = torch.get_num_threads()
+    with pytest.raises(KeyError), threads(number + 1):
+        assert torch.get_num_threads() == number + 1
+        raise KeyError
+    assert torch.get_num_threads() == number
 
 
 def test_the_words_of_a_thing_are_those_of_its_names():

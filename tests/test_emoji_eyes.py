@@ -14,6 +14,7 @@ from PIL import Image
 pytest.importorskip("resvg_py")
 
 from transformers import AutoModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tools.emoji import composer, drawings, eyes_measure, eyes_train, prepare
 from tools.emoji.augment import augment, grow, on_white
@@ -85,9 +86,7 @@ def test_a_vit_shown_all_patches_by_number_sees_the_same_and_shown_half_sees_tho
 
 def eyes_input(x):
     """Return pictures in [0, 1] normalized as the tower expects."""
-    from tools.emoji.eyes import MEAN, STD
-
-    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    return (x - torch.tensor(OPENAI_CLIP_MEAN)[:, None, None]) / torch.tensor(OPENAI_CLIP_STD)[:, None, None]
 
 
 @pytest.fixture

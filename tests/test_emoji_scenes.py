@@ -13,10 +13,10 @@ from helpers.emoji import CONCEPTS, STYLES, make_drawings
 from minivlm.evaluation.grounding import is_in_place
 from processing_minivlm import to_rgb
 from tools.emoji.drawings import Drawings, centred, load_concept_table, save_concept_table
-from tools.emoji.grounding import colour_question, grounding_rows, only_above, to_percent
+from tools.emoji.grounding import colour_question, grounding_rows, to_percent
 from tools.emoji.photos import photo_rows, read_credits, read_resources
 from tools.emoji.pictures import BACKGROUNDS, SIZE, choose_ground, draw_single, look
-from tools.emoji.questions import only_left
+from tools.emoji.questions import only_above, only_left
 from tools.emoji.scenes import Album, Thing
 from tools.emoji.sources import match_numbered
 

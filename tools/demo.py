@@ -88,7 +88,6 @@ def start_from_the_released_tower(output_dir: Path, minutes: float, seed: list[s
     spent = str(minutes * ALIGN_SHARE * threads)  # CPU minutes
     options = ["--vision_model", str(tower), "--model_config", "config.json", "--minutes", spent, "--batch", "64"]
     align.main([*options, "--demo", "--scenes", "0", "--threads", str(threads), "--output", str(aligned), *seed])
-    torch.set_num_threads(threads)
     print("2/3  The decoder learns to answer questions about them.", flush=True)
     options = ["--recipe", RECIPE, *seed, "--model", str(aligned), "--max_minutes", str(minutes * (1 - ALIGN_SHARE))]
     return train_accelerate.main([*options, "--output_dir", str(output_dir), "--resume", "never"])

@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 
 from minivlm.cli import Parser, positive, run_command
-from minivlm.evaluation.remeasure import digest
 from minivlm.hub.card import put
-from minivlm.model.loading import load_processor, load_trained, save_model
+from minivlm.model.loading import digest, load_processor, load_trained, save_model
 from tools.card import write_own
 from tools.report.measure import FILES, combine, measure
 from tools.report.tables import put_table, short_table

@@ -3,7 +3,8 @@
     python -m tools.release_weights
     python -m tools.release_weights --eyes 10 --align 2 --decoder 10 --output runs/short
 
-Three steps, each of which is left out if it is finished, and continued if it was interrupted:
+Three steps, each of which is left out if it is finished. An interrupted tower or decoder goes on from its checkpoint;
+the alignment begins anew.
 1. eyes: a ResNet learns to name 12,865 drawings (tools.emoji.eyes_train, CPU minutes of one core);
 2. align: the projector learns to write their names with the tokens of the decoder (tools.emoji.align, CPU minutes);
 3. decoder: projector and decoder learn to answer questions (recipes/emoji.yaml, minutes on all cores).
@@ -13,6 +14,8 @@ The result is OUTPUT/decoder/final; `python -m tools.release` measures it and co
 import argparse
 import sys
 from pathlib import Path
+
+import torch
 
 import train_accelerate
 from minivlm.cli import Parser, run_command
@@ -44,7 +47,7 @@ def main(argv=None) -> Path:
     if not (aligned / "config.json").is_file():
         print(f"2/3  The projector learns the words of the names, {args.align:g} CPU minutes.", flush=True)
         options = ["--vision_model", str(eyes), "--minutes", str(args.align), "--output", str(aligned)]
-        align.main(["--recipe", "emoji", *options, *seed])
+        align.main(["--recipe", "emoji", "--threads", str(torch.get_num_threads()), *options, *seed])
     print("3/3  The decoder learns to answer questions.", flush=True)
     options = ["--recipe", "emoji", "--model", str(aligned), "--output_dir", str(decoder), *seed]
     options += ["--max_minutes", str(args.decoder)] if args.decoder else []

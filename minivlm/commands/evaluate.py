@@ -18,7 +18,6 @@ Every figure comes with its count and a 95 % confidence interval, per task and l
 the normal approximation for content words.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import torch
 from minivlm.cli import Parser, positive
 from minivlm.data.rows import load_rows
 from minivlm.evaluation.scoring import evaluate, print_table
-from minivlm.model.loading import check_device, check_name, load_trained, place
+from minivlm.model.loading import check_device, check_name, digest, load_trained, place
 
 
 def parse_args(argv: list[str] | None):
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict:
         if args.among:
             record["among"] = args.among
         if weights.is_file():
-            record["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+            record["weights_sha256"] = digest(weights)
         args.json.write_text(json.dumps(record | metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.answers:
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers]

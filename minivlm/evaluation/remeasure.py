@@ -1,6 +1,5 @@
 """Measure a model again and compare the shares of right answers with those in its record."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -10,15 +9,10 @@ from minivlm.data.rows import Rows, load_rows
 from minivlm.evaluation.scoring import evaluate, wilson
 from minivlm.hub.card import read_run
 from minivlm.hub.findings import Finding, finding
-from minivlm.model.loading import load_trained, place
+from minivlm.model.loading import digest, load_trained, place
 
 Z = 3.29  # half width of a 99.9 % interval: one right model in a thousand is called wrong
 SLACK = 0.01  # share of the answers that may differ between two machines, if all rows are measured again
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, as `minivlm evaluate --json` records it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def find_record(folder: Path) -> dict | None:

@@ -13,7 +13,7 @@ KEYS = re.compile(
     rb"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{50,}|\bAKIA[0-9A-Z]{16}\b"
     rb"|\bsk-[A-Za-z0-9_-]{32,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-# Folders of somebody's machine. Not after a letter or a dot: https://host/work/ and ./home/x/ are no such folders.
+# Folders of somebody's machine. Not after a letter or a dot, as in an address on the web or in a relative path.
 HOMES = re.compile(rb"(?<![\w.~*-])/(?:root|work|Users/\w+|home/\w+)/|\b[A-Z]:\\{1,2}Users\\{1,2}\w+")
 
 

@@ -61,6 +61,15 @@ def schedule(progress: float, warmup: float, kind: str = "linear", final: float 
     return rise * (final + (1 - final) * fall)
 
 
+def step_all(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Take a step with `factor` times the peak learning rates, and drop the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 class WeightAverage:
     """Exponential moving average of the trainable weights (arXiv 1806.04498), in fp32 beside the model.
 

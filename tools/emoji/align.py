@@ -22,13 +22,15 @@ import torch.nn.functional as F
 from minivlm.cli import Parser, run_command
 from minivlm.model.backbones import build
 from minivlm.model.loading import save_model
-from minivlm.training.optimizers import build_optimizers
+from minivlm.training.optimizers import build_optimizers, schedule, step_all
 from minivlm.training.options import parse_args as parse_train_args
 from tools.emoji.concepts import DEMO
 from tools.emoji.drawings import Drawings, load_concept_table
-from tools.emoji.eyes import MEAN, STD
+from tools.emoji.eyes import normalised, threads
 from tools.emoji.eyes_train import PictureSource, generator
 from tools.emoji.sources import TRAIN_STYLES
+
+WARMUP = 0.02  # share of the run in which the learning rate rises
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -85,19 +87,17 @@ class Aligner:
         vocabulary = self.model.config.text_config.vocab_size
         self.targets = name_tokens(self.processor.tokenizer, concepts, self.source.concepts, vocabulary)
         decoder = self.model.model.language_model
-        self.trained = (self.model.model.multi_modal_projector, decoder.embed_tokens, decoder.norm)
         self.model.requires_grad_(False)
-        for module in self.trained:
+        for module in (self.model.model.multi_modal_projector, decoder.embed_tokens, decoder.norm):
             module.requires_grad_(True)
         self.model.train()
         self.optimizers = build_optimizers(self.model, self.options)
 
     def logits(self, batch) -> torch.Tensor:
         """Return the logits of the vocabulary for each thing of the pictures, (B, n, vocabulary)."""
-        pixels = (batch.pixels - batch.pixels.new_tensor(MEAN)[:, None, None]) / batch.pixels.new_tensor(STD)[
-            :, None, None
-        ]
-        projected = self.model.get_image_features(pixels, return_dict=True).pooler_output  # (B, I, D)
+        projected = self.model.get_image_features(
+            normalised(batch.pixels), return_dict=True
+        ).pooler_output  # (B, I, D)
         side = round(projected.shape[1] ** 0.5)
         weights = F.adaptive_avg_pool2d(batch.weights.unflatten(-1, (8, 8)), side).flatten(-2)  # (B, n, I)
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
@@ -114,19 +114,13 @@ class Aligner:
         said = logits[shown]
         loss = -(target * said.log_softmax(-1)).sum(-1).mean()
         loss.backward()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * min(1.0, progress / 0.02) * (1 - progress)
-            optimizer.step()
-            optimizer.zero_grad()
+        step_all(self.optimizers, schedule(progress, WARMUP))
         right = target.gather(1, said.argmax(-1, keepdim=True)) > 0
         return loss.item(), right.float().mean().item()
 
 
-def main(argv=None) -> None:
+def train(args) -> None:
     """Train until --minutes are over, then save the model."""
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
     aligner, seconds, number, right = Aligner(args), 0.0, 0, 0.0
     while seconds < 60 * args.minutes:
         clock = time.process_time()
@@ -137,6 +131,13 @@ def main(argv=None) -> None:
                               "right": round(right, 4)}), flush=True)  # fmt: skip
     aligner.model.requires_grad_(True)
     save_model(aligner.model, aligner.processor, args.output)
+
+
+def main(argv=None) -> None:
+    """Train on as many threads as --threads says."""
+    args = parse_args(argv)
+    with threads(args.threads):
+        train(args)
 
 
 if __name__ == "__main__":

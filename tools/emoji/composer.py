@@ -4,10 +4,9 @@
     python -m tools.emoji.composer --pictures 20000 --epoch 0 --output runs/composed-0.parquet
 
 The composer keeps no state, so a resumed run sees the same pictures as an uninterrupted one, and two workers never
-draw the same picture. The drawings and concepts are those of data/, or of the folder in MINIVLM_EMOJI_DATA.
+draw the same picture. The drawings and concepts are those of data/.
 """
 
-import os
 import random
 import sys
 from pathlib import Path
@@ -20,14 +19,14 @@ from minivlm.cli import Parser, run_command
 from tools.emoji.augment import compose
 from tools.emoji.concepts import LANGUAGES, Concept
 from tools.emoji.drawings import Drawings, load_concept_table
-from tools.emoji.grounding import grounding_rows, only_above
+from tools.emoji.grounding import grounding_rows
 from tools.emoji.pictures import SIZE, choose_ground, draw_single, encode
-from tools.emoji.questions import only_left, scene_rows, single_rows
+from tools.emoji.questions import only_above, only_left, scene_rows, single_rows
 from tools.emoji.rows import make_row, write
 from tools.emoji.scenes import Album
 from tools.emoji.sources import TRAIN_STYLES
 
-DATA = Path(os.environ.get("MINIVLM_EMOJI_DATA", "data"))
+DATA = Path("data")
 PICTURES = 20_000  # of an epoch; a number without meaning, since no picture comes twice
 SINGLES = (0.85, 0.4)  # share of pictures that show one thing, in the first epoch and later: names are learned first
 REDRAWN = 0.5  # share of pictures whose things have other colours, so that shapes must be learned

@@ -6,15 +6,33 @@ of the map, V width.
 """
 
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, CLIPVisionConfig, ResNetConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 SIZE = 128  # side of a picture, pixels
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, as in the processor
+
+
+@contextmanager
+def threads(number: int):
+    """Compute with so many threads inside the block; programs that call each other share the setting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def normalised(pixels) -> torch.Tensor:
+    """Return pictures (B, 3, H, W) in [0, 1] as the processor gives them to the tower."""
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (pixels - mean) / std
 
 
 def build_tower(kind: str, width: int, depth: int = 6):
@@ -56,7 +74,7 @@ class Eyes(nn.Module):
             places: (n,) indices of the patches that a ViT gets. Half of them take half the time, and the learned
                 weights also work on all patches (arXiv 2212.00794). None: all patches.
         """
-        x = (pixels - pixels.new_tensor(MEAN)[:, None, None]) / pixels.new_tensor(STD)[:, None, None]
+        x = normalised(pixels)
         if self.is_map:
             x = x.contiguous(memory_format=torch.channels_last)
             return self.tower(x).last_hidden_state.flatten(2).transpose(1, 2)

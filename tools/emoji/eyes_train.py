@@ -20,9 +20,21 @@ import torch
 import torch.nn.functional as F
 
 from minivlm.cli import Parser, run_command
+from minivlm.training.optimizers import schedule, step_all
 from tools.emoji.augment import compose, on_white
 from tools.emoji.drawings import Drawings
-from tools.emoji.eyes import SIZE, Eyes, Learner, build_optimizers, build_tower, cell_weights, load, means, save
+from tools.emoji.eyes import (
+    SIZE,
+    Eyes,
+    Learner,
+    build_optimizers,
+    build_tower,
+    cell_weights,
+    load,
+    means,
+    save,
+    threads,
+)
 from tools.emoji.eyes_measure import measure, measure_small, read_pictures
 from tools.emoji.sources import DEV_STYLE, TRAIN_STYLES
 
@@ -69,6 +81,7 @@ class Batch(NamedTuple):
 
     pixels: torch.Tensor  # (B, 3, 128, 128) in [0, 1]
     covered: torch.Tensor  # (B, 64, 16), the share of each sixteenth of a place that a drawing covers
+    colours: torch.Tensor  # (B, 64, 12), red, green and blue of each quarter of a place
     weights: torch.Tensor  # (B, n, 64), the places of each drawing
     labels: torch.Tensor  # (B, n) numbers of the concepts; -100 where a picture shows fewer drawings
 
@@ -76,7 +89,7 @@ class Batch(NamedTuple):
         """Return the batch for a tower that sees only some of the places."""
         weights = self.weights[..., places]
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
-        return self._replace(covered=self.covered[:, places], weights=weights)
+        return self._replace(covered=self.covered[:, places], colours=self.colours[:, places], weights=weights)
 
     def mean(self, losses) -> torch.Tensor:
         """Return the mean over pictures of the mean over the drawings of a picture; `losses` is (B * n,)."""
@@ -116,7 +129,7 @@ class PictureSource:
             x, coverage = compose(self.pixels[chosen], self.mono[chosen], cells, grid, SIZE, strength, rng)
             weights = F.pad(cell_weights(grid)[cells], (0, 0, 0, groups[-1][2] - n))
             labels = F.pad(self.labels[chosen].view(pictures, n), (0, groups[-1][2] - n), value=-100)
-            parts.append(Batch(x, means(coverage[:, None], 4), weights, labels))
+            parts.append(Batch(x, means(coverage[:, None], 4), means(x, 2), weights, labels))
         return Batch(*map(torch.cat, zip(*parts)))
 
 
@@ -173,15 +186,9 @@ class Run:
                 loss = self.loss_to_teacher(batch, features, logits, loss, places)
             covered = self.model.trace(features).float()
             loss = loss + args.trace_weight * F.binary_cross_entropy_with_logits(covered, batch.covered)
-            colours = means(batch.pixels, 2) if places is None else means(batch.pixels, 2)[:, places]
-            loss = loss + args.paint_weight * F.mse_loss(self.model.paint(features).float(), colours)
+            loss = loss + args.paint_weight * F.mse_loss(self.model.paint(features).float(), batch.colours)
         loss.backward()
-        rate = min(1.0, self.done / args.warmup) * (1 - self.done)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * rate
-            optimizer.step()
-            optimizer.zero_grad()
+        step_all(self.optimizers, schedule(self.done, args.warmup))
         self.step += 1
         right = (logits.argmax(-1) == batch.labels)[batch.labels >= 0]
         return {"loss": loss.item(), "right": right.float().mean().item()}
@@ -242,11 +249,9 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def main(argv=None) -> None:
+def train(args) -> None:
     """Train until --minutes are over; log, measure and save at the times that the options give."""
-    args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
     run = Run(args)
     if (args.output / "state.pt").is_file():
         run.load_state()
@@ -271,6 +276,13 @@ def main(argv=None) -> None:
             if stop:
                 return
     save(run.eyes, run.concepts, args.output)
+
+
+def main(argv=None) -> None:
+    """Train on one thread."""
+    args = parse_args(argv)
+    with threads(1):
+        train(args)
 
 
 if __name__ == "__main__":

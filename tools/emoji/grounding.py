@@ -6,7 +6,7 @@ Places are in per cent of the picture's width and height, from the top left corn
 
 from tools.emoji.concepts import LANGUAGES, Concept
 from tools.emoji.pictures import BACKGROUNDS, SIZE
-from tools.emoji.questions import ask, color_name
+from tools.emoji.questions import ask, color_name, only_above
 
 GROUNDING_TASKS = ("point", "box", "above", "count_colour")
 
@@ -14,18 +14,6 @@ GROUNDING_TASKS = ("point", "box", "above", "count_colour")
 def to_percent(box: tuple) -> tuple[int, int, int, int]:
     """Return a box in pixels as whole per cent of the picture."""
     return tuple(round(100 * value / SIZE) for value in box)
-
-
-def only_above(things: list, position: tuple) -> Concept | None:
-    """Return the only thing above `position` if it is in the same column, else None.
-
-    `things` are (concept, position) pairs.
-    """
-    _, row, column = position
-    found = [(concept, place) for concept, place in things if place[1] < row]
-    if len(found) == 1 and found[0][1][2] == column:
-        return found[0][0]
-    return None
 
 
 def grounding_rows(rng, index: int, things: list, canonical: bool) -> list[tuple]:

@@ -23,10 +23,10 @@ from tqdm import tqdm
 from minivlm.cli import Parser, run_command
 from tools.emoji.concepts import DEMO, LANGUAGES, Concept
 from tools.emoji.drawings import Drawings, save_concept_table
-from tools.emoji.grounding import grounding_rows, only_above
+from tools.emoji.grounding import grounding_rows
 from tools.emoji.photos import load_photos, photo_rows
 from tools.emoji.pictures import choose_ground, draw_scene, draw_single, encode, look
-from tools.emoji.questions import TASKS, scene_rows, single_rows
+from tools.emoji.questions import TASKS, only_above, scene_rows, single_rows
 from tools.emoji.rows import make_row, write
 from tools.emoji.scenes import Album, plan_scene
 from tools.emoji.sources import (

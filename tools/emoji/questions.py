@@ -278,13 +278,23 @@ def scene_rows(rng, index: int, things: list, background: str, pool: list, canon
     return rows
 
 
-def only_left(things: list, position: tuple) -> Concept | None:
-    """Return the only thing left of `position` if it is in the same row, else None.
+def only_before(things: list, position: tuple, axis: int) -> Concept | None:
+    """Return the only thing before `position` along an axis if the other axis has the same place, else None.
 
-    `things` are (concept, position) pairs.
+    Args:
+        things: (concept, position) pairs; a position is (grid, row, column).
+        axis: 1 for rows, 2 for columns.
     """
-    grid, row, column = position
-    found = [(concept, place) for concept, place in things if place[2] < column]
-    if len(found) == 1 and found[0][1][1] == row:
-        return found[0][0]
-    return None
+    found = [(concept, place) for concept, place in things if place[axis] < position[axis]]
+    other = 3 - axis
+    return found[0][0] if len(found) == 1 and found[0][1][other] == position[other] else None
+
+
+def only_left(things: list, position: tuple) -> Concept | None:
+    """Return the only thing left of `position` if it is in the same row, else None."""
+    return only_before(things, position, axis=2)
+
+
+def only_above(things: list, position: tuple) -> Concept | None:
+    """Return the only thing above `position` if it is in the same column, else None."""
+    return only_before(things, position, axis=1)
