@@ -29,6 +29,7 @@ from tools.emoji import align
 
 RECIPE, FROM_SCRATCH, TEST_DATA = "recipes/demo.yaml", "recipes/demo_from_scratch.yaml", "data/demo_test.parquet"
 ALIGN_SHARE = 0.2  # of the time
+ALIGNMENT = ["--batch", "64", "--pictures", "3840", "--passes", "8"]
 SHOWN = {"choice": 8, "name": 6, "yes_no": 4, "category": 2}  # questions of each task on the sheet
 
 
@@ -85,9 +86,8 @@ def start_from_the_released_tower(output_dir: Path, minutes: float, seed: list[s
     tower, aligned = output_dir / "tower", output_dir / "aligned"
     load_trained(".")[0].model.vision_tower.float().save_pretrained(tower)
     threads = torch.get_num_threads()
-    spent = str(minutes * ALIGN_SHARE * threads)  # CPU minutes
-    options = ["--vision_model", str(tower), "--model_config", "config.json", "--minutes", spent, "--batch", "64"]
-    align.main([*options, "--demo", "--scenes", "0", "--threads", str(threads), "--output", str(aligned), *seed])
+    options = ["--vision_model", str(tower), "--model_config", "config.json", "--demo", "--scenes", "0", *ALIGNMENT]
+    align.main([*options, "--threads", str(threads), "--output", str(aligned), *seed])
     print("2/3  The decoder learns to answer questions about them.", flush=True)
     options = ["--recipe", RECIPE, *seed, "--model", str(aligned), "--max_minutes", str(minutes * (1 - ALIGN_SHARE))]
     return train_accelerate.main([*options, "--output_dir", str(output_dir), "--resume", "never"])

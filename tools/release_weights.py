@@ -1,12 +1,13 @@
 """Make the released weights from nothing but the embedded data: `make release-weights`.
 
     python -m tools.release_weights
-    python -m tools.release_weights --eyes 10 --align 2 --decoder 10 --output runs/short
+    python -m tools.release_weights --eyes 10 --align 6400 --decoder 10 --output runs/short
 
 Three steps, each of which is left out if it is finished. An interrupted tower or decoder goes on from its checkpoint;
 the alignment begins anew.
 1. eyes: a ResNet learns to name 12,865 drawings (tools.emoji.eyes_train, CPU minutes of one core);
-2. align: the projector learns to write their names with the tokens of the decoder (tools.emoji.align, CPU minutes);
+2. align: the projector learns to write their names with the tokens of the decoder (tools.emoji.align, about
+   six minutes);
 3. decoder: projector and decoder learn to answer questions (recipes/emoji.yaml, minutes on all cores).
 The result is OUTPUT/decoder/final; `python -m tools.release` measures it and copies it to the root.
 """
@@ -28,7 +29,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, default=Path("runs/emoji"), help="folder for all results (default: runs/emoji)")
     add("--eyes", type=float, default=80, help="CPU minutes of the tower (default: 80)")
-    add("--align", type=float, default=6, help="CPU minutes of the alignment (default: 6)")
+    add("--align", type=int, default=38_400, help="pictures of the alignment (default: 38400)")
     add("--decoder", type=float, help="minutes of the decoder (default: those of the recipe)")
     add("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
     return parser.parse_args(argv)
@@ -45,8 +46,8 @@ def main(argv=None) -> Path:
         options = ["--tower", "resnet", "--width", "32", "--minutes", str(args.eyes), "--output", str(eyes)]
         eyes_train.main([*drawings, *options, *seed])
     if not (aligned / "config.json").is_file():
-        print(f"2/3  The projector learns the words of the names, {args.align:g} CPU minutes.", flush=True)
-        options = ["--vision_model", str(eyes), "--minutes", str(args.align), "--output", str(aligned)]
+        print(f"2/3  The projector learns the words of the names, {args.align:,} pictures.", flush=True)
+        options = ["--vision_model", str(eyes), "--pictures", str(args.align), "--output", str(aligned)]
         align.main(["--recipe", "emoji", "--threads", str(torch.get_num_threads()), *options, *seed])
     print("3/3  The decoder learns to answer questions.", flush=True)
     options = ["--recipe", "emoji", "--model", str(aligned), "--output_dir", str(decoder), *seed]

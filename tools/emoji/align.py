@@ -1,23 +1,27 @@
 """Align the features of a trained tower with the words of the names, before the decoder trains.
 
-    python -m tools.emoji.align --recipe emoji --vision_model runs/eyes --minutes 10 --output runs/aligned
+    python -m tools.emoji.align --recipe emoji --vision_model runs/eyes --output runs/aligned
     accelerate launch train_accelerate.py --recipe emoji --model runs/aligned
 
 The projected features of a thing, averaged over its places, predict the tokens of its name in both languages, in any
 order. Only the projector and the token embeddings train. The decoder then starts from image tokens that resemble the
 tokens of the answer, as in the first stage of LLaVA (arXiv 2304.08485, section 4.2): it learns to copy them into order
 within minutes. Without this, it does not name anything after an hour.
+
+The tower does not train, so its features are computed once and used in several passes. Where the folder of the tower
+holds its classifier, the targets are in part the names that the classifier gives: they say what a thing resembles.
 """
 
 import argparse
 import dataclasses
-import json
+import math
 import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tqdm import trange
 
 from minivlm.cli import Parser, run_command
 from minivlm.model.backbones import build
@@ -26,11 +30,12 @@ from minivlm.training.optimizers import build_optimizers, schedule, step_all
 from minivlm.training.options import parse_args as parse_train_args
 from tools.emoji.concepts import DEMO
 from tools.emoji.drawings import Drawings, load_concept_table
-from tools.emoji.eyes import normalised, threads
+from tools.emoji.eyes import Eyes, load, normalised, threads
 from tools.emoji.eyes_train import PictureSource, generator
 from tools.emoji.sources import TRAIN_STYLES
 
 WARMUP = 0.02  # share of the run in which the learning rate rises
+TAUGHT = 0.7  # share of a target that comes from the tower's classifier, as for the pupils of eyes_train.py
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -45,7 +50,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--concepts", type=Path, default=Path("data/concepts.json"), help="concepts.json of the data set")
     add("--demo", action="store_true", help="learn only the things of the demo, which needs a .parquet file")
     add("--output", type=Path, required=True, help="folder for the model")
-    add("--minutes", type=float, default=10, help="CPU minutes of training (default: 10)")
+    add("--pictures", type=int, default=38_400, help="pictures to compose; 32 KB of memory each (default: 38400)")
+    add("--passes", type=int, default=8, help="how often each picture is used (default: 8)")
     add("--batch", type=int, default=128, help="pictures per step (default: 128)")
     add("--scenes", type=float, default=0.5, help="share of the pictures that show four drawings (default: 0.5)")
     add("--learning_rate", type=float, default=3e-3, help="highest learning rate (default: 3e-3)")
@@ -68,6 +74,15 @@ def name_tokens(tokenizer, concepts: list, slugs: list[str], size: int) -> torch
     return target / target.sum(1, keepdim=True)
 
 
+class Seen(NamedTuple):
+    """Hold what the tower saw in B pictures of up to n things each."""
+
+    features: torch.Tensor  # (B, P, V), bf16
+    weights: torch.Tensor  # (B, n, 64), the places of each thing
+    labels: torch.Tensor  # (B, n), numbers of the concepts; -100 where a picture shows fewer things
+    taught: torch.Tensor | None  # (B, n, concepts) probabilities of the tower's classifier, bf16
+
+
 class Aligner:
     """Hold a model whose projector and token embeddings train, and the targets of each drawing."""
 
@@ -83,6 +98,7 @@ class Aligner:
         self.model, self.processor = build(self.options)
         drawings = Drawings.unpack(args.drawings, DEMO) if args.demo else Drawings.load(args.drawings)
         self.source = PictureSource(drawings.of(TRAIN_STYLES), args.batch, args.scenes, args.seed)
+        self.classifier = self.load_classifier(Path(args.vision_model))
         concepts, _ = load_concept_table(args.concepts)
         vocabulary = self.model.config.text_config.vocab_size
         self.targets = name_tokens(self.processor.tokenizer, concepts, self.source.concepts, vocabulary)
@@ -93,42 +109,62 @@ class Aligner:
         self.model.train()
         self.optimizers = build_optimizers(self.model, self.options)
 
-    def logits(self, batch) -> torch.Tensor:
+    def load_classifier(self, folder: Path) -> Eyes | None:
+        """Return the tower with its classifier, None if the folder has none for these concepts."""
+        if not (folder / "head.pt").is_file():
+            return None
+        eyes, concepts = load(folder)
+        return eyes.eval() if concepts == self.source.concepts else None
+
+    @torch.no_grad()
+    def see(self, number: int) -> Seen:
+        """Compose batch `number` of the pictures and let the tower look at it."""
+        batch = self.source.batch(number, 1.0, generator(self.args.seed, number, 3))
+        model = self.model.model
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model.select_features(model.vision_tower(normalised(batch.pixels)).last_hidden_state)
+            taught = self.classifier and self.classifier.name(features, batch.weights).float().softmax(-1).bfloat16()
+        return Seen(features.bfloat16(), batch.weights, batch.labels, taught)
+
+    def logits(self, seen: Seen) -> torch.Tensor:
         """Return the logits of the vocabulary for each thing of the pictures, (B, n, vocabulary)."""
-        projected = self.model.get_image_features(
-            normalised(batch.pixels), return_dict=True
-        ).pooler_output  # (B, I, D)
+        projected = self.model.model.multi_modal_projector(seen.features)  # (B, I, D)
         side = round(projected.shape[1] ** 0.5)
-        weights = F.adaptive_avg_pool2d(batch.weights.unflatten(-1, (8, 8)), side).flatten(-2)  # (B, n, I)
+        weights = F.adaptive_avg_pool2d(seen.weights.unflatten(-1, (8, 8)), side).flatten(-2)  # (B, n, I)
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
         pooled = weights.to(projected.dtype) @ projected
         return self.model.lm_head(self.model.model.language_model.norm(pooled))
 
-    def step(self, number: int, progress: float) -> tuple[float, float]:
+    def step(self, seen: Seen, progress: float) -> tuple[float, float]:
         """Train on one batch; return the loss and the share of things whose likeliest token is one of their names'."""
-        batch = self.source.batch(number, min(1.0, 0.25 + 1.5 * progress), generator(self.args.seed, number, 3))
         with torch.autocast("cpu", torch.bfloat16):
-            logits = self.logits(batch).float()
-        shown = batch.labels >= 0
-        target = self.targets[batch.labels[shown]]  # (things, vocabulary)
+            logits = self.logits(seen).float()
+        shown = seen.labels >= 0
+        target = named = self.targets[seen.labels[shown]]  # (things, vocabulary)
+        if seen.taught is not None:
+            target = (1 - TAUGHT) * named + TAUGHT * (seen.taught[shown].float() @ self.targets)
         said = logits[shown]
         loss = -(target * said.log_softmax(-1)).sum(-1).mean()
         loss.backward()
         step_all(self.optimizers, schedule(progress, WARMUP))
-        right = target.gather(1, said.argmax(-1, keepdim=True)) > 0
+        right = named.gather(1, said.argmax(-1, keepdim=True)) > 0
         return loss.item(), right.float().mean().item()
 
 
 def train(args) -> None:
-    """Train until --minutes are over, then save the model."""
-    aligner, seconds, number, right = Aligner(args), 0.0, 0, 0.0
-    while seconds < 60 * args.minutes:
-        clock = time.process_time()
-        loss, hits = aligner.step(number, seconds / (60 * args.minutes))
-        seconds, number, right = seconds + time.process_time() - clock, number + 1, 0.95 * right + 0.05 * hits
-        if number % 50 == 0:
-            print(json.dumps({"step": number, "minutes": round(seconds / 60, 2), "loss": round(loss, 3),
-                              "right": round(right, 4)}), flush=True)  # fmt: skip
+    """Let the tower look at all pictures, train on what it saw, save the model."""
+    aligner, right = Aligner(args), 0.0
+    batches = [aligner.see(i) for i in trange(math.ceil(args.pictures / args.batch), desc="pictures", unit="batch")]
+    steps = args.passes * len(batches)
+    progress = trange(steps, desc="alignment")
+    for number in progress:
+        turn, i = divmod(number, len(batches))
+        if i == 0:
+            order = torch.randperm(len(batches), generator=generator(args.seed, turn, 4))
+        loss, hits = aligner.step(batches[order[i]], number / steps)
+        right = 0.95 * right + 0.05 * hits
+        progress.set_postfix(loss=f"{loss:.2f}", right=f"{right:.1%}", refresh=False)
+    print(f"alignment: {right:.1%} of the likeliest tokens belong to the right name", flush=True)
     aligner.model.requires_grad_(True)
     save_model(aligner.model, aligner.processor, args.output)
 

@@ -28,7 +28,7 @@ from tools.emoji.sources import TRAIN_STYLES
 
 DATA = Path("data")
 PICTURES = 20_000  # of an epoch; a number without meaning, since no picture comes twice
-SINGLES = (0.85, 0.4)  # share of pictures that show one thing, in the first epoch and later: names are learned first
+SINGLES = (0.85, 0.5)  # share of pictures that show one thing, in the first epoch and later: names are learned first
 REDRAWN = 0.5  # share of pictures whose things have other colours, so that shapes must be learned
 # Share of the questions about scenes that are asked: these are learned quickly, or their answers are long.
 ASKED = {"caption": 0.2, "count": 0.5}
@@ -76,7 +76,7 @@ class Composer:
         drawing = rng.choice(self.album.rows[style][concept])
         names = [("name", language, False) for language in LANGUAGES]
         wanted = [(task, language, False) for task in ("choice", "yes_no") for language in LANGUAGES]
-        once = ("category",) if redrawn else ("category", "colour", "caption")
+        once = ("category",) if redrawn else ("category", "colour", "background", "caption")
         wanted += [(task, rng.choice(LANGUAGES), False) for task in once]
         rng.shuffle(wanted)
         colour = ground = None

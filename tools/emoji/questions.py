@@ -212,6 +212,8 @@ def single_rows(rng, index: int, concept: Concept, main, background: str, pool: 
             if main is None:
                 continue
             answer = color_name(main, language)
+        elif task == "background":
+            answer = color_name(background, language)
         rows.append((task, language, ask(rng, task, language, canonical, shown, **values), answer, names))
     return rows
 
