@@ -43,7 +43,7 @@ from minivlm.model.parts import check_gradients, freeze
 from minivlm.training.checkpoints import STOPPED, StopSignal, check_disk, resume, save_checkpoint
 from minivlm.training.device import SHARDED, compile_blocks, largest_micro_batch, make_accelerator
 from minivlm.training.losses import load_balance, z_loss
-from minivlm.training.optimizers import WeightAverage, build_optimizers, schedule
+from minivlm.training.optimizers import WeightAverage, build_optimizers, schedule, set_learning_rates
 from minivlm.training.options import TrainArgs, parse_args
 from minivlm.training.plotting import plot
 from minivlm.training.record import keep_recipe, print_start, run_name, write_run
@@ -231,9 +231,7 @@ def take_step(run: Run, group: list[dict], totals: dict[str, int], progress: flo
     args, accelerator = run.args, run.accelerator
     warmup = args.warmup if args.warmup < 1 else args.warmup / run.max_steps
     factor = schedule(progress, warmup, args.schedule, args.final_learning_rate)
-    for optimizer in run.optimizers:
-        for weights in optimizer.param_groups:  # not accelerator.prepare(scheduler), which steps once per rank
-            weights["lr"] = weights["peak_lr"] * factor
+    set_learning_rates(run.optimizers, factor)  # not accelerator.prepare(scheduler), which steps once per rank
     loss_sum, imbalance = accumulate_gradients(run, group, totals["answers"])
     if check and accelerator.distributed_type not in SHARDED:
         check_gradients(accelerator.unwrap_model(run.model))

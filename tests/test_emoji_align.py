@@ -88,7 +88,9 @@ def test_the_words_of_a_thing_are_those_of_its_names():
         assert set(row.nonzero().flatten().tolist()) == known
 
 
-def test_alignment_teaches_the_names_and_leaves_tower_and_blocks_alone(drawings, tmp_path):
+@pytest.fixture
+def options(drawings, tmp_path) -> list[str]:
+    """Return options of the alignment for a random tower and its random classifier."""
     torch.manual_seed(0)
     save(Eyes(build_tower("resnet", 4), 4), ["s0", "s1", "s2", "s3"], tmp_path / "eyes")
     drawings.save(tmp_path / "drawings.npz")
@@ -97,10 +99,14 @@ def test_alignment_teaches_the_names_and_leaves_tower_and_blocks_alone(drawings,
     vision = json.loads((tmp_path / "eyes" / "config.json").read_text())
     vision.pop("dtype")
     config = {"vision_config": vision, "text_config": TEXT | {"vocab_size": 6400}, "vision_feature_layer": None}
-    files = ["--vision_model", tmp_path / "eyes", "--drawings", tmp_path / "drawings.npz"]
-    options = [*files, "--concepts", tmp_path / "concepts.json", "--model_config", json.dumps(config), "--batch", 8]
-    options += ["--pictures", 64, "--passes", 20, "--learning_rate", "1e-2", "--output", tmp_path / "out"]
-    options = [str(option) for option in options]
+    found = ["--vision_model", tmp_path / "eyes", "--drawings", tmp_path / "drawings.npz", "--batch", 8]
+    found += ["--concepts", tmp_path / "concepts.json", "--model_config", json.dumps(config)]
+    found += ["--pictures", 64, "--passes", 20, "--learning_rate", "1e-2", "--output", tmp_path / "out"]
+    return [str(option) for option in found]
+
+
+def test_alignment_teaches_the_names_and_leaves_tower_and_blocks_alone(options, tmp_path):
+    (tmp_path / "eyes" / "head.pt").unlink()  # a tower without its classifier, as that of a released model
     start = align.Aligner(align.parse_args(options))
     before = {name: value.clone() for name, value in start.model.state_dict().items()}
     align.main(options)
@@ -112,7 +118,20 @@ def test_alignment_teaches_the_names_and_leaves_tower_and_blocks_alone(drawings,
     hits = []
     for step in range(1000, 1005):
         seen = start.see(step)
+        assert seen.taught is None
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             likeliest = start.logits(seen)[seen.labels >= 0].argmax(-1, keepdim=True)
         hits.append(start.targets[seen.labels[seen.labels >= 0]].gather(1, likeliest) > 0)
     assert torch.cat(hits).float().mean() > 0.4, "one guess in four is right by chance"
+
+
+def test_alignment_learns_the_names_that_the_classifier_gives(options):
+    aligner = align.Aligner(align.parse_args(options))
+    with torch.no_grad():
+        aligner.classifier.head.bias[2] = 100.0  # whatever it sees, it says s2
+    seen = aligner.see(0)
+    for _ in range(40):
+        aligner.step(seen, 0.3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        likeliest = aligner.logits(seen)[seen.labels >= 0].argmax(-1)
+    assert (aligner.targets[2, likeliest] > 0).all()

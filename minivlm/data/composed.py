@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from minivlm.data.bad_rows import BadRow
-from minivlm.data.encoder import Encoder, share_prefix
+from minivlm.data.encoder import Encoder, join
 from minivlm.data.options import COMPOSE
 
 
@@ -47,7 +47,7 @@ def load_composer(source: str, seed: int) -> Composer:
 class ComposedRows(torch.utils.data.Dataset):
     """Give encoded rows by (epoch, (index,)): the first `most` samples about a picture, joined by `share_prefix`.
 
-    `bad_rows` of the result holds (place, reason) of each sample that cannot be encoded.
+    `bad_rows` of the result holds (place, reason) of each sample that cannot be encoded, and of each that was cut.
     """
 
     composer: Composer
@@ -65,9 +65,9 @@ class ComposedRows(torch.utils.data.Dataset):
             place = f"{self.name}, row {number} of picture {index} in epoch {epoch}"
             try:
                 samples.append({**self.encoder(sample, pictures=not samples), "place": place})
+                bad += [(place, note) for note in samples[-1]["notes"]]
             except BadRow as error:
                 bad.append((place, str(error)))
         if not samples:
             raise ValueError(f"{self.name}: no question about picture {index} of epoch {epoch} can be used: {bad}.")
-        joined = share_prefix(samples, self.encoder.processor.image_token_id)
-        return {**joined, "places": [s["place"] for s in samples], "bad_rows": bad, "epoch": epoch}
+        return join(samples, self.encoder.processor.image_token_id, bad, epoch)

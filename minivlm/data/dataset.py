@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from minivlm.data.bad_rows import BadRow
-from minivlm.data.encoder import Encoder, share_prefix
+from minivlm.data.encoder import Encoder, join
 from minivlm.data.pictures import augment
 from minivlm.data.rows import Rows
 
@@ -48,12 +48,8 @@ class TrainingRows(torch.utils.data.Dataset):
                 raise ValueError(f"{len(bad)} bad rows in a row, from {bad[0][0]} ({bad[0][1]}) to {bad[-1][0]}.")
             samples += self._encode(index, f"{self.seed}/{epoch}/{index}", bad)
         if self.packed:
-            none = {"places": [], "bad_rows": [], "epoch": epoch}
-            packed = [share_prefix([s], image_token_id) | none for s in samples]
-            packed[0] |= {"places": [s["place"] for s in samples], "bad_rows": bad}
-            return packed
-        places = [s["place"] for s in samples]
-        return {**share_prefix(samples, image_token_id), "places": places, "bad_rows": bad, "epoch": epoch}
+            return [join([s], image_token_id, [] if i else bad, epoch) for i, s in enumerate(samples)]
+        return join(samples, image_token_id, bad, epoch)
 
     def _encode(self, index: int, seed: str, bad: list, pictures: bool = True) -> list[dict]:
         """Return the encoded row in a list, which is empty for a bad row; append what is wrong to `bad`."""

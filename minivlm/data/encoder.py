@@ -140,7 +140,7 @@ class Encoder:
         ids = torch.full((self.processor.image_seq_length,), self.processor.image_token_id)
         pixels = self.pixels([Image.new("RGB", (8, 8))]) if self.features is None else self.features.blank()
         row = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "pixel_values": pixels}
-        return {**share_prefix([row], self.processor.image_token_id), "places": [], "bad_rows": [], "epoch": 0}
+        return join([row], self.processor.image_token_id, [], epoch=0)
 
     def tokenize(self, sample: dict) -> tuple[list[int], list[int], int]:
         """Return the token ids and labels of a sample, and how many of its messages they hold; decode no picture.
@@ -238,3 +238,14 @@ def share_prefix(samples: list[dict], image_token_id: int) -> dict[str, torch.Te
         "branch": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         "pixel_values": first["pixel_values"],
     }
+
+
+def join(samples: list[dict], image_token_id: int, bad_rows: list, epoch: int) -> dict:
+    """Return what the collators take for samples about the same picture: `share_prefix`, and where they come from.
+
+    Args:
+        samples: with `place`, the file and number of the row; a blank row has none.
+        bad_rows: (place, reason) of the rows that were left out or cut.
+    """
+    places = [sample["place"] for sample in samples if "place" in sample]
+    return {**share_prefix(samples, image_token_id), "places": places, "bad_rows": bad_rows, "epoch": epoch}

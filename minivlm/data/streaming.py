@@ -17,7 +17,7 @@ from itertools import groupby, islice
 from torch.utils.data import IterableDataset, get_worker_info
 
 from minivlm.data.bad_rows import BadRow
-from minivlm.data.encoder import Encoder, share_prefix
+from minivlm.data.encoder import Encoder, join
 from minivlm.data.options import DataArgs
 from minivlm.data.pictures import augment
 from minivlm.data.plans import PackBudget, pack
@@ -159,16 +159,16 @@ class StreamedBatches(IterableDataset):
         """Return a unit as its collator takes it; a row whose picture cannot be read is replaced by a blank one."""
         samples = []
         for item in unit:
-            change, places, bad = None, [item.place], list(item.bad_rows)
+            change, bad = None, list(item.bad_rows)
             if self.augment != "none":
                 rng = random.Random(f"{self.seed}/{item.epoch}/{item.place}")
                 change = partial(augment, rng=rng, strong=self.augment == "strong")
             try:
                 sample = self.encoder(item.sample, change)
                 bad += [(item.place, note) for note in sample["notes"]]
-                sample = share_prefix([sample], self.encoder.processor.image_token_id)
+                sample = {**sample, "place": item.place}
+                samples.append(join([sample], self.encoder.processor.image_token_id, bad, item.epoch))
             except BadRow as error:
                 bad.append((item.place, str(error)))
-                sample, places = self.blank, []
-            samples.append({**sample, "places": places, "bad_rows": bad, "epoch": item.epoch})
+                samples.append({**self.blank, "bad_rows": bad, "epoch": item.epoch})
         return samples[0] if self.budget is None else samples

@@ -61,11 +61,17 @@ def schedule(progress: float, warmup: float, kind: str = "linear", final: float 
     return rise * (final + (1 - final) * fall)
 
 
-def step_all(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Take a step with `factor` times the peak learning rates, and drop the gradients."""
+def set_learning_rates(optimizers: list, factor: float) -> None:
+    """Set the learning rate of each group to `factor` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+
+
+def step_all(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Take a step with `factor` times the peak learning rates, and drop the gradients."""
+    set_learning_rates(optimizers, factor)
+    for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
 

@@ -15,7 +15,7 @@ from minivlm.data.pictures import augment, decode_image
 from minivlm.data.rows import Rows
 from minivlm.model.backbones import build_processor, model_from_scratch
 from minivlm.training.device import compile_blocks, supports_bf16
-from minivlm.training.optimizers import build_optimizers, schedule
+from minivlm.training.optimizers import build_optimizers, schedule, step_all
 from minivlm.training.options import TrainArgs
 from modeling_minivlm import build_vision_tower
 
@@ -114,9 +114,5 @@ def step(model: Classifier, optimizers: list, batch: tuple, args: TrainArgs, pro
         loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=0.1)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * schedule(progress, args.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
+    step_all(optimizers, schedule(progress, args.warmup))
     return loss.item(), (logits.argmax(-1) == labels).float().mean().item()
