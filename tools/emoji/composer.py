@@ -37,7 +37,7 @@ ASKED = {"caption": 0.2, "count": 0.5}
 class Composer:
     """Compose the training pictures of a seed, in all styles equally often."""
 
-    singles = SINGLES
+    singles, redrawn_share = SINGLES, REDRAWN
 
     def __init__(self, drawings: Drawings, concepts: list[Concept], held_out: set[Concept], seed: int):
         self.album, self.seed = Album(drawings, concepts), seed
@@ -64,7 +64,7 @@ class Composer:
         """Return the picture, style, concepts, and rows (task, language, question, answer, options, box)."""
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         style = rng.choice(self.styles)
-        redrawn = rng.random() < REDRAWN
+        redrawn = rng.random() < self.redrawn_share
         if rng.random() < self.singles[min(epoch, len(self.singles) - 1)]:
             return self.single(rng, index, style, redrawn)
         return self.scene(rng, index, style, redrawn)

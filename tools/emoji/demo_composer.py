@@ -10,8 +10,11 @@ class DemoComposer(Composer):
 
     singles = (1.0,)
 
+    @classmethod
+    def open(cls, seed: int) -> "DemoComposer":
+        """Return the composer of a seed."""
+        concepts = [concept for concept in load_concept_table(DATA / "concepts.json")[0] if concept.slug in DEMO]
+        return cls(Drawings.unpack(DATA / "drawings.parquet", DEMO), concepts, set(), seed)
 
-def open_composer(seed: int) -> DemoComposer:
-    """Return the composer of a seed."""
-    concepts = [concept for concept in load_concept_table(DATA / "concepts.json")[0] if concept.slug in DEMO]
-    return DemoComposer(Drawings.unpack(DATA / "drawings.parquet", DEMO), concepts, set(), seed)
+
+open_composer = DemoComposer.open

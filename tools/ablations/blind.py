@@ -1,0 +1,17 @@
+"""Compose the demo's questions about grey pictures: what can be answered without seeing."""
+
+from PIL import Image
+
+from tools.emoji.demo_composer import DemoComposer
+from tools.emoji.pictures import SIZE
+
+
+class BlindComposer(DemoComposer):
+    """Ask the same questions about pictures that show nothing."""
+
+    def rows(self, epoch: int, index: int) -> tuple:
+        """Return what `Composer.rows` returns, with a grey picture."""
+        return Image.new("RGB", (SIZE, SIZE), (128, 128, 128)), *super().rows(epoch, index)[1:]
+
+
+open_composer = BlindComposer.open
