@@ -10,6 +10,9 @@ from importlib import import_module
 from minivlm.cli import run_command
 
 COMMANDS = {  # name -> what it does; the module is minivlm.commands.NAME
+    "ask": "Ask a question about pictures and print the answer.",
+    "chat": "Talk with a model about pictures.",
+    "caption": "Describe all pictures of a folder, in a file that can train a model.",
     "train": "Train a model; `accelerate launch train_accelerate.py` does the same on several devices.",
     "train-tower": "Train a vision tower as a classifier of labelled pictures.",
     "evaluate": "Answer the questions of a data set and count the right answers.",

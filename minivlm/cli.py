@@ -52,6 +52,14 @@ class Parser(argparse.ArgumentParser):
             self.error(self.describe_unknown(unknown))
         return values
 
+    def parse_mixed_args(self, args=None):
+        """Parse like `parse_args`; options may also stand between arguments that have no name."""
+        self.given = list(sys.argv[1:] if args is None else args)
+        values, unknown = self.parse_known_intermixed_args(args)
+        if unknown:
+            self.error(self.describe_unknown(unknown))
+        return values
+
     def error(self, message: str):
         """Print one line, without the usage of all options, and exit with code 2.
 

@@ -1,14 +1,191 @@
-"""Answer questions about pictures: greedy answers in batches, and the likelihood of given answers.
+"""Answer questions about pictures: conversations, in batches or streamed, and the rows of an evaluation.
 
-An item is a dict with `text`, the prompt from the chat template, `images`, its pictures, and where they are scored
-`answer` or `options`; `evaluation/scoring.py` makes items of rows.
+`Assistant` answers conversations in the chat format of transformers; commands, app and server call it.
+
+The functions below it answer and score items. An item is a dict with `text`, the prompt from the chat template,
+`images`, its pictures, and where they are scored `answer` or `options`; `evaluation/scoring.py` makes items of rows.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from time import perf_counter
+from typing import NamedTuple
+
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from jinja2 import TemplateError
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from minivlm.data.encoder import Encoder
 from minivlm.data.pictures import decode_image
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Say how long an answer may be, in tokens, and how each token is chosen; with temperature 0 the likeliest is."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0  # sample among the likeliest tokens that have this share of the probability
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be 1 or more.")
+        if not 0 <= self.temperature <= 100:
+            raise ValueError(f"temperature {self.temperature} must be from 0 (the likeliest answer) to 100.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be more than 0 and at most 1.")
+
+    def arguments(self) -> dict:
+        """Return the arguments of `generate`."""
+        if not self.temperature:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {"max_new_tokens": self.max_new_tokens, **sampling}
+
+
+class Answer(NamedTuple):
+    """An answer and the number of its tokens, the end token included."""
+
+    text: str
+    tokens: int
+
+
+class Assistant:
+    """Answer conversations in the chat format of transformers.
+
+    A conversation is a list of `{"role": "user", "content": [part, ...]}`. A part is `{"type": "text", "text": ...}`
+    or `{"type": "image", "image": picture}`; a picture is encoded bytes, a `Path`, or a Pillow picture. Nothing that
+    somebody types into a text acts as a control token.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
+        self.model, self.tokenizer = model.eval(), processor.tokenizer
+        self.encoder = Encoder(processor)
+        self.room = getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 30
+
+    def encode(self, messages: list[dict]) -> dict[str, torch.Tensor]:
+        """Return `input_ids` (T,) of a conversation and `pixel_values` (N, 3, H, W), empty without pictures.
+
+        Raises:
+            ValueError: a picture cannot be read, or the chat template refuses the conversation.
+        """
+        content = [message["content"] for message in messages if not isinstance(message["content"], str)]
+        images = [part.get("image") for parts in content for part in parts if part["type"] != "text"]
+        # A name would let who writes the messages read files; a URL would be fetched.
+        if strange := [image for image in images if not isinstance(image, bytes | Path | Image.Image)]:
+            raise ValueError(f"not a picture: {type(strange[0]).__name__}. Give bytes, a Path or a Pillow picture.")
+        try:
+            ids, _ = self.encoder.tokenize_messages(messages, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"The chat template refuses the conversation: {error}") from error
+        decoded = [decode_image(image) for image in images]
+        pixels = self.encoder.pixels(decoded) if decoded else torch.empty(0)
+        return {"input_ids": torch.tensor(ids), "pixel_values": pixels}
+
+    def batch(self, encoded: list[dict], decoding: Decoding) -> dict:
+        """Return the arguments of `generate` for encoded conversations, padded on the left.
+
+        Raises:
+            ValueError: conversation and answer may be longer than what the model reads.
+        """
+        longest = max(len(chat["input_ids"]) for chat in encoded)
+        if longest + decoding.max_new_tokens > self.room:
+            raise ValueError(
+                f"The conversation has {longest} tokens and the answer may have {decoding.max_new_tokens}, but the "
+                f"model reads {self.room}. Use fewer words, pictures or turns, or a smaller max_new_tokens."
+            )
+        ids = {"input_ids": [chat["input_ids"].tolist() for chat in encoded]}
+        inputs = dict(self.tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(self.model.device))
+        if pixels := [chat["pixel_values"] for chat in encoded if len(chat["pixel_values"])]:
+            inputs["pixel_values"] = torch.cat(pixels).to(self.model.device)
+        return inputs | decoding.arguments()
+
+    @torch.inference_mode()
+    def answer(self, encoded: list[dict], decoding: Decoding = Decoding()) -> list[Answer]:
+        """Return the answers to a batch of conversations that `encode` returned."""
+        inputs = self.batch(encoded, decoding)
+        output = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor([] if ends is None else ends, device=output.device)
+        running = (torch.isin(output, ends).cumsum(1) == 0).sum(1)  # (B,): tokens before the end token
+        lengths = (running + 1).clamp(max=output.shape[1]).tolist()
+        texts = [self.decode(ids[:length].tolist()) for ids, length in zip(output, lengths)]
+        return [Answer(text, length) for text, length in zip(texts, lengths)]
+
+    def stream(self, encoded: dict, decoding: Decoding = Decoding()) -> "AnswerStream":
+        """Start the answer to one conversation that `encode` returned; iterate over the result for its pieces."""
+        return AnswerStream(self, self.batch([encoded], decoding))
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the words of an answer."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class AnswerStream(TextIteratorStreamer):
+    """Compute an answer in a thread and yield its text piece by piece; joined, the pieces are that of `answer`.
+
+    The class of transformers decodes each line for itself, and with some tokenizers a blank is lost. So this one
+    decodes the whole answer after each token, and holds back a character until all its bytes are there.
+
+    Attributes:
+        tokens: how many there are so far, the end token included.
+        first, seconds: seconds from the start to the first token and to the end; None until then.
+    """
+
+    def __init__(self, assistant: Assistant, inputs: dict):
+        super().__init__(assistant.tokenizer, skip_prompt=True)
+        self.assistant, self.tokens, self.first, self.seconds = assistant, 0, None, None
+        self.stopped, self.error, self.start = Event(), None, perf_counter()
+        self.thread = Thread(target=self._run, args=(inputs,), daemon=True)
+        self.thread.start()
+
+    def _run(self, inputs: dict) -> None:
+        device = self.assistant.model.device
+
+        def is_stopped(input_ids, scores, **kwargs) -> torch.Tensor:
+            return torch.full((1,), self.stopped.is_set(), device=device)
+
+        try:
+            with torch.inference_mode():  # it holds for one thread
+                self.assistant.model.generate(**inputs, streamer=self, stopping_criteria=[is_stopped])
+        except Exception as error:  # raised again where the pieces are read
+            self.error = error
+            self.end()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take tokens from `generate`, the prompt first."""
+        if self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
+        self.first = self.first or perf_counter() - self.start
+        self.token_cache += value.flatten().tolist()
+        self.tokens = len(self.token_cache)
+        text = self.assistant.decode(self.token_cache)
+        if len(text) > self.print_len and not text.endswith("\ufffd"):
+            self.on_finalized_text(text[self.print_len :])
+            self.print_len = len(text)
+
+    def end(self) -> None:
+        """Pass on what is held back, and end the iteration."""
+        self.seconds = perf_counter() - self.start
+        self.on_finalized_text(self.assistant.decode(self.token_cache)[self.print_len :], stream_end=True)
+
+    def __next__(self) -> str:
+        try:
+            return super().__next__()
+        except StopIteration:
+            self.thread.join()
+            if self.error is not None:
+                raise self.error from None
+            raise
+
+    def stop(self) -> None:
+        """End the answer after the token that is being computed, and wait for it."""
+        self.stopped.set()
+        self.thread.join()
 
 
 def encode(processor: ProcessorMixin, items: list[dict], texts: list[str], side: str, device) -> dict:

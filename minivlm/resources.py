@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+HUB_MODEL = "jinv2/minivlm"  # the released weights
 FONT = PACKAGE / "assets" / "MiniVLMSans-Regular.ttf"  # has the Chinese characters of the embedded data
 ASSETS = PACKAGE / "assets"  # tokenizer.json, tokenizer_config.json, chat_template.jinja
 
@@ -16,6 +17,14 @@ def shipped(folder: str) -> Path:
     """Return the folder `recipes` or `configs`, wherever this installation has it."""
     inside = PACKAGE / folder
     return inside if inside.is_dir() else PACKAGE.parent / folder
+
+
+def default_model() -> str:
+    """Return the model of a command that names none: this folder's, that of the checkout, or the one on the Hub."""
+    for folder in (Path("."), PACKAGE.parent):
+        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+            return str(folder)
+    return HUB_MODEL
 
 
 RECIPES, CONFIGS = shipped("recipes"), shipped("configs")

@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # one level; these do not import each other.
 LEVELS = [
     ["remote", "minivlm.cli", "minivlm.resources"],
-    ["minivlm.pages"],
+    ["minivlm.pages", "minivlm.terminal"],
     ["minivlm.data", "minivlm.model", "minivlm.hub"],
     ["minivlm.inference"],
-    ["minivlm.evaluation", "minivlm.training", "minivlm.convert"],
+    ["minivlm.evaluation", "minivlm.training", "minivlm.convert", "minivlm.asking"],
     ["train_accelerate"],
     ["minivlm.commands"],  # above train_accelerate, which `minivlm train` starts
     ["minivlm.__main__", "tools", "examples", "app"],

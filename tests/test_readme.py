@@ -33,9 +33,11 @@ SHORTER = {
     "python -m minivlm convert": [],
     "python -m minivlm plot": [],
 }
+SHOWN = ("python -m minivlm ask ", "python -m minivlm\n")  # beginnings of commands whose output stands below them
 BLOCK = re.compile(r"```(\w*)\n(.*?)```\n?", re.S)
 # Options in the documents that are not options of training: of pip, pytest, and of other commands.
 OTHER_OPTIONS = {"--check", "--debug", "--verify", "--out", "--help", "--minutes", "--repo_id", "--config_file"}
+OTHER_OPTIONS |= {"--json", "--format"}
 OTHER_OPTIONS |= {"--from_scratch", "--no"}  # how the pattern below reads pip's --no-deps
 
 
@@ -90,7 +92,7 @@ def without_comments(code: str) -> str:
 @pytest.mark.parametrize("readme", READMES)
 def test_blocks_print_what_stands_below_them(readme, checkout):
     shown = blocks_with_output(readme)
-    assert [language for language, _, _ in shown] == ["python", "bash", "python", "python"]
+    assert [language for language, _, _ in shown] == ["python", "bash", "bash", "python", "python"]
     for language, code, output in shown:
         assert run_block(language, without_comments(code), checkout) == output
     [rest] = [code for code in blocks(readme, "python") if code not in [shown_code for _, shown_code, _ in shown]]
@@ -113,7 +115,7 @@ def test_commands_run(checkout):
     for line in dict.fromkeys(commands):
         if line.startswith("make "):  # test_project.py runs make; this test runs under `make test`
             assert line in ("make demo", "make test", "make release-weights")
-        elif line != "python -m minivlm":  # the test above runs this one
+        elif not f"{line}\n".startswith(SHOWN):  # the test above runs these
             start = next((start for start in SHORTER if line.startswith(start)), None)
             assert start, f"{line!r} stands in a document but no test runs it"
             run([*shlex.split(line), *SHORTER[start]], checkout)

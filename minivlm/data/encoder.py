@@ -109,12 +109,18 @@ class Encoder:
         encoder.features = features
         return encoder
 
-    def tokenize_messages(self, messages: list[dict]) -> tuple[list[int], list[int]]:
-        """Return the token ids and labels of a conversation, image placeholders expanded, both of length T."""
+    def tokenize_messages(
+        self, messages: list[dict], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Return the token ids and labels of a conversation, image placeholders expanded, both of length T.
+
+        `add_generation_prompt` opens one more turn at the end, which the model is to write.
+        """
         escaped = escape_control_tokens(messages, self.control)
         encoded = self.tokenizer.apply_chat_template(
-            escaped, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+            escaped, add_generation_prompt=add_generation_prompt,
+            tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+        )  # fmt: skip
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         if escaped != messages:
             ids, mask = self._remove_separators(ids, mask)

@@ -1,0 +1,64 @@
+"""Ask a question about pictures and print the answer.
+
+    minivlm ask photo.jpg "What is this?"
+    minivlm ask before.png after.png "Which picture shows a cat?" --json
+    minivlm ask - "这是什么？" < photo.jpg
+    minivlm ask "Which animal says moo?" --temperature 0.7
+
+The last argument is the question, those before it are pictures; - is a picture on standard input. Only the answer goes
+to standard output. With --json it is one object: pictures, question, answer, seconds from question to answer, and the
+tokens of the answer.
+"""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from time import perf_counter
+
+from minivlm.asking import (
+    STDIN,
+    add_model_options,
+    add_sampling_options,
+    decode_named,
+    decoding_of,
+    load_assistant,
+    question_about,
+    read_picture,
+)
+from minivlm.cli import Parser
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    """Return the options, with `pictures` and `question` apart.
+
+    Raises:
+        ValueError: the question is missing, or standard input is named twice.
+    """
+    parser = Parser(__doc__, prog="minivlm ask", usage="minivlm ask [PICTURE ...] QUESTION [OPTION ...]")
+    parser.add_argument("words", nargs="+", metavar="PICTURE ... QUESTION", help="Files, then what to ask.")
+    add_model_options(parser, max_new_tokens=256)
+    add_sampling_options(parser)
+    parser.add_argument("--json", action="store_true", help="Print a JSON object instead of the answer alone.")
+    args = parser.parse_mixed_args(argv)
+    *args.pictures, args.question = args.words
+    if args.question == STDIN or (len(args.question) < 256 and Path(args.question).is_file()):
+        raise ValueError(f"{args.question} is a picture, and the last argument is the question. Write one behind it.")
+    if args.pictures.count(STDIN) > 1:
+        raise ValueError("- stands twice, but standard input has one picture. Give the others as files.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the answer."""
+    args = parse_args(argv)
+    decoding = decoding_of(args)
+    pictures = [decode_named(name, read_picture(name)) for name in args.pictures]  # before the model: it loads longer
+    assistant = load_assistant(args)
+    start = perf_counter()
+    [answer] = assistant.answer([assistant.encode([question_about(pictures, args.question)])], decoding)
+    if not args.json:
+        print(answer.text)
+        return
+    result = {"pictures": args.pictures, "question": args.question, "answer": answer.text}
+    result |= {"seconds": round(perf_counter() - start, 3), "tokens": answer.tokens}
+    print(json.dumps(result, ensure_ascii=False))
