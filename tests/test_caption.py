@@ -184,7 +184,7 @@ def test_a_killed_call_is_continued(caption, tiny, tmp_path):
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert 3 <= out.read_bytes().count(b"\n") < 40
+    assert 3 <= out.read_bytes().count(b"\n") < 20  # lines that wait in a buffer would come all at once, later
     caption(*arguments[1:-1], "--out", out)
     caption(*arguments[1:-1], "--out", alone)
     assert out.read_bytes() == alone.read_bytes()
