@@ -10,7 +10,7 @@ from transformers.utils import logging
 from minivlm.cli import Parser, positive
 from minivlm.data.pictures import decode_image
 from minivlm.inference import Assistant, Decoding
-from minivlm.model.loading import check_device, check_name, load_trained, place
+from minivlm.model.loading import check_device, load_trained, place
 from minivlm.resources import default_model
 
 STDIN = "-"  # as the name of a picture: the bytes on standard input
@@ -69,9 +69,8 @@ def load_assistant(args: Namespace) -> Assistant:
     """
     device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = args.model or default_model()
-    check_name("--model" if args.model else "", name)
     logging.disable_progress_bar()  # of the weights, which are there at once
-    model, processor = load_trained(name)
+    model, processor = load_trained(name, "--model" if args.model else "")
     return Assistant(place(model, device), processor)
 
 

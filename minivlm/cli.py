@@ -47,15 +47,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """Parse like argparse; an argument that no option takes is an error that names the nearest option."""
-        values, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(self.describe_unknown(unknown))
-        return values
+        return self.refuse_unknown(*self.parse_known_args(args, namespace))
 
     def parse_mixed_args(self, args=None):
         """Parse like `parse_args`; options may also stand between arguments that have no name."""
-        self.given = list(sys.argv[1:] if args is None else args)
-        values, unknown = self.parse_known_intermixed_args(args)
+        return self.refuse_unknown(*self.parse_known_intermixed_args(args))
+
+    def refuse_unknown(self, values, unknown: list[str]):
+        """Return the values if every argument was taken; else print an error and exit."""
         if unknown:
             self.error(self.describe_unknown(unknown))
         return values

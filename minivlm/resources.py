@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-HUB_MODEL = "jinv2/minivlm"  # the released weights
+HUB_MODEL = "jinv2/minivlm"  # our release: model and data are one tree
 FONT = PACKAGE / "assets" / "MiniVLMSans-Regular.ttf"  # has the Chinese characters of the embedded data
 ASSETS = PACKAGE / "assets"  # tokenizer.json, tokenizer_config.json, chat_template.jinja
 

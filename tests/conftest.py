@@ -15,8 +15,10 @@ from PIL import Image  # noqa: E402
 
 from helpers.data import row, write  # noqa: E402
 from helpers.families import make_parts, publish  # noqa: E402
-from helpers.models import make_config, make_model, make_processor  # noqa: E402
+from helpers.models import make_config, make_model, make_processor, save  # noqa: E402
 from helpers.release import client, hub, out, trained  # noqa: E402, F401  (fixtures of publishing)
+from minivlm.inference import Assistant  # noqa: E402
+from minivlm.model.loading import load_trained  # noqa: E402
 
 torch.set_num_threads(1)  # a model this small only waits for further threads
 
@@ -34,6 +36,18 @@ def model():
 @pytest.fixture(scope="session")
 def processor():
     return make_processor()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Return the folder of a model that can be loaded by name."""
+    save(folder := tmp_path_factory.mktemp("a model"))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def assistant(tiny):
+    return Assistant(*load_trained(tiny))
 
 
 @pytest.fixture(scope="session")

@@ -11,27 +11,15 @@ import sys
 import pytest
 
 from helpers.data import png
-from helpers.models import ROOT, save
+from helpers.models import ROOT
 from minivlm.__main__ import main
 from minivlm.asking import question_about
 from minivlm.data.rows import load_rows
 from minivlm.inference import Assistant, Decoding
-from minivlm.model.loading import load_trained
 from minivlm.resources import HUB_MODEL, default_model
 from minivlm.terminal import line_reader
 
 FEW = ["--max_new_tokens", "8"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    save(folder := tmp_path_factory.mktemp("a model"))
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def assistant(tiny):
-    return Assistant(*load_trained(tiny))
 
 
 @pytest.fixture

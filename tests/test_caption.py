@@ -13,26 +13,14 @@ import time
 import pytest
 
 from helpers.data import png
-from helpers.models import ROOT, save
+from helpers.models import ROOT
 from minivlm.__main__ import main
 from minivlm.asking import question_about
 from minivlm.data.rows import load_rows
 from minivlm.inference import Answer, Assistant, Decoding
-from minivlm.model.loading import load_trained
 
 NAMES = ["a.png", "b/c.PNG", "b/d.png", "z.png", "ü 图.png"]
 BAD = {"b/broken.jpg": b"no picture", "cut.png": png(0)[:150], "empty.webp": b""}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    save(folder := tmp_path_factory.mktemp("a model"))
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def assistant(tiny):
-    return Assistant(*load_trained(tiny))
 
 
 @pytest.fixture

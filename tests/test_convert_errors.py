@@ -125,8 +125,9 @@ def test_weights_that_do_not_verify_are_not_kept(parts, tmp_path, monkeypatch):
     assert "logits and those of MiniMind's formulas differ" in fails(command, out)
 
 
-def test_what_minimind_v_cannot_express_is_not_written(tmp_path, parts):
+def test_what_minimind_v_cannot_express_is_not_written(tmp_path, tiny):
     out = tmp_path / "out"
-    said = fails(["to_minimind", str(ROOT), "--out", str(out)], out)
+    said = fails(["to_minimind", tiny, "--out", str(out)], out)
     assert "projector_layer_norm=False" in said and "not 'siglip_vision_model'" in said
+    assert "'resnet', not 'siglip_vision_model'" in fails(["to_minimind", str(ROOT), "--out", str(out)], out)
     assert "no folder with a model" in fails(["to_minimind", str(tmp_path / "none"), "--out", str(out)], out)

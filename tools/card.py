@@ -15,15 +15,15 @@ from huggingface_hub import EvalResult, ModelCard
 
 from minivlm.cli import Parser, run_command
 from minivlm.hub.card import put
-from minivlm.hub.findings import OWN_REPO
 from minivlm.hub.results import KINDS, cells, evidence
+from minivlm.resources import HUB_MODEL
 
 
 def own_results(metrics: dict) -> list[EvalResult]:
     """Return the model-index of the released weights, on the data that lies beside them."""
     return [
         EvalResult(
-            "image-text-to-text", dataset_type=OWN_REPO, dataset_name="MiniVLM emoji", dataset_config="default",
+            "image-text-to-text", dataset_type=HUB_MODEL, dataset_name="MiniVLM emoji", dataset_config="default",
             dataset_split="test", metric_type=metric, metric_value=cell["match"],
             metric_name=f"{title}, {part or 'overall'} ({evidence(cell)})",
         )
@@ -37,7 +37,7 @@ def own_entries(metrics: dict) -> list[dict]:
     return [
         {
             "dataset": {
-                "id": OWN_REPO,
+                "id": HUB_MODEL,
                 "task_id": (part or "overall") + endings.get(title, ""),
             },
             "value": cell["match"],
@@ -52,7 +52,7 @@ def write_own(root: Path) -> list[Path]:
     metrics = json.loads((root / "data" / "results.json").read_text(encoding="utf-8"))
     readme, entries = root / "README.md", root / ".eval_results" / "minivlm.yaml"
     card = ModelCard(readme.read_text(encoding="utf-8"))
-    card.data.datasets, card.data.model_name = [OWN_REPO], OWN_REPO.split("/")[1]
+    card.data.datasets, card.data.model_name = [HUB_MODEL], HUB_MODEL.split("/")[1]
     card.data.eval_results = own_results(metrics)
     put(readme, str(card).encode())
     entries.parent.mkdir(exist_ok=True)

@@ -80,14 +80,26 @@ Load the model that you just trained:
     )
 
 
-def start_from_the_released_tower(output_dir: Path, minutes: float, seed: list[str]) -> Path:
-    """Give new weights to all but the released tower, align the projector; train; return the folder of the model."""
-    print("1/3  The projector learns the words of the names that the released tower can tell apart.", flush=True)
-    tower, aligned = output_dir / "tower", output_dir / "aligned"
+def align_to_the_released_tower(folder: Path, config: str, options: list[str]) -> Path:
+    """Give new weights to all but the released tower and align the projector; return the folder of the model.
+
+    Args:
+        folder: for tower/ and the result, aligned/.
+        config: file of the architecture.
+        options: further options of tools.emoji.align.
+    """
+    tower, aligned = folder / "tower", folder / "aligned"
     load_trained(".")[0].model.vision_tower.float().save_pretrained(tower)
-    threads = torch.get_num_threads()
-    options = ["--vision_model", str(tower), "--model_config", "config.json", "--demo", "--scenes", "0", *ALIGNMENT]
-    align.main([*options, "--threads", str(threads), "--output", str(aligned), *seed])
+    files = ["--vision_model", str(tower), "--model_config", config, "--output", str(aligned)]
+    threads = str(torch.get_num_threads())
+    align.main([*files, "--demo", "--scenes", "0", "--threads", threads, *ALIGNMENT, *options])
+    return aligned
+
+
+def start_from_the_released_tower(output_dir: Path, minutes: float, seed: list[str]) -> Path:
+    """Align a projector to the released tower, train; return the folder of the model."""
+    print("1/3  The projector learns the words of the names that the released tower can tell apart.", flush=True)
+    aligned = align_to_the_released_tower(output_dir, "config.json", seed)
     print("2/3  The decoder learns to answer questions about them.", flush=True)
     options = ["--recipe", RECIPE, *seed, "--model", str(aligned), "--max_minutes", str(minutes * (1 - ALIGN_SHARE))]
     return train_accelerate.main([*options, "--output_dir", str(output_dir), "--resume", "never"])

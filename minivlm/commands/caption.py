@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     names, decoding = find_pictures(args.folder), Decoding(args.max_new_tokens)
     out = open_output(args)
-    waiting, bad = [name for name in names if name not in out.done], []
+    waiting, bad, answered = [name for name in names if name not in out.done], [], 0
     if waiting:
         assistant = load_assistant(args)
         encoded = encode_pictures(assistant, args, waiting, bad)
@@ -181,9 +181,9 @@ def main(argv: list[str] | None = None) -> None:
             while batch := list(islice(encoded, args.batch_size)):
                 for (name, _), answer in zip(batch, assistant.answer([chat for _, chat in batch], decoding)):
                     out.add(name, answer.text)
-                    out.done.add(name)
-                bar.update(len(out.done.intersection(names)) + len(bad) - bar.n)
-    print(f"{out.path}: {len(out.done)} pictures, {len(out.done.intersection(waiting))} of them from this call")
+                answered += len(batch)
+                bar.update(len(names) - len(waiting) + answered + len(bad) - bar.n)
+    print(f"{out.path}: {len(out.done) + answered} pictures, {answered} of them from this call")
     if bad:
         print(f"{len(bad)} pictures could not be read and were left out:")
         print("\n".join(f"  {line}" for line in bad))

@@ -125,7 +125,7 @@ class Chat:
         if word in ("/image", "/save") and not rest:
             self.say("no_file", word)
         elif word == "/image":
-            self.show(rest)
+            self.show(rest, read_file(rest))
         elif word == "/save":
             self.save(Path(rest).expanduser())
         elif word == "/reset":
@@ -139,9 +139,8 @@ class Chat:
         else:
             self.say("help" if word == "/help" else "unknown", word)
 
-    def show(self, name: str) -> None:
-        """Show a picture and keep it for the next question."""
-        data = read_file(name)
+    def show(self, name: str, data: bytes) -> None:
+        """Show a picture, given as the bytes of its file, and keep it for the next question."""
         show_picture(name, decode_named(name, data))
         self.waiting.append(data)
 
@@ -197,11 +196,12 @@ def main(argv: list[str] | None = None) -> None:
     """Read lines and answer them until /quit or the end of the input."""
     args = parse_args(argv)
     decoding = decoding_of(args)
-    for name in args.pictures:  # before the model: it loads longer
-        decode_named(name, read_file(name))
+    pictures = [(name, read_file(name)) for name in args.pictures]
+    for name, data in pictures:  # before the model: it loads longer
+        decode_named(name, data)
     chat = Chat(load_assistant(args), decoding, args.lang)
-    for name in args.pictures:
-        chat.show(name)
+    for name, data in pictures:
+        chat.show(name, data)
     read = line_reader()
     if sys.stdin.isatty():
         chat.say("hello")

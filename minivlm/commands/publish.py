@@ -20,8 +20,9 @@ from pathlib import Path
 
 from minivlm.cli import Parser, positive
 from minivlm.evaluation.remeasure import remeasure
-from minivlm.hub.findings import OWN_REPO, Finding, inspect_files, load_by_stranger, stage
+from minivlm.hub.findings import Finding, inspect_files, load_by_stranger, stage
 from minivlm.hub.publish import MESSAGE, preview_upload, publish
+from minivlm.resources import HUB_MODEL
 
 
 def parse_args(argv: list[str] | None):
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_all(folder: Path, repo_id: str | None, rows: int) -> Iterator[Finding]:
     """Yield the findings of all checks on a copy of what would go up; the folder stays as it is."""
-    ours = repo_id == OWN_REPO
+    ours = repo_id == HUB_MODEL
     with tempfile.TemporaryDirectory() as place:
         model = stage(folder, Path(place), repo_id)
         yield from inspect_files(model, ours)

@@ -23,7 +23,6 @@ from minivlm.hub.card import beside, read_run, write_card
 from minivlm.hub.check import files_of, loading_problems, read_header
 from minivlm.hub.secrets import leaks, scrub
 
-OWN_REPO = "jinv2/minivlm"  # our release: model and data are one tree
 MEGABYTE = 10**6
 MOST_OF_A_FILE = 50 * MEGABYTE
 MOST_OF_WEIGHTS = 32 * MEGABYTE

@@ -40,13 +40,16 @@ def register_config() -> None:
     AutoConfig.register("minivlm", MiniVLMConfig, exist_ok=True)
 
 
-def load_trained(path: str | Path) -> tuple[MiniVLMForConditionalGeneration, MiniVLMProcessor]:
+def load_trained(path: str | Path, option: str = "") -> tuple[MiniVLMForConditionalGeneration, MiniVLMProcessor]:
     """Load model and processor of a folder or Hub id with this checkout's code, not with the code saved beside them.
+
+    Args:
+        option: the option that names it, as for `check_name`.
 
     Raises:
         ValueError: no model is there, or one of another type.
     """
-    check_name("", str(path))
+    check_name(option, str(path))
     model_type = MiniVLMConfig.get_config_dict(path)[0].get("model_type")
     if model_type != "minivlm":
         raise ValueError(

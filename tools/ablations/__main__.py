@@ -16,18 +16,14 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import yaml
 
 import train_accelerate
 from minivlm.cli import Parser, positive, run_command
 from minivlm.commands.evaluate import main as evaluate
 from minivlm.evaluation.scoring import wilson
-from minivlm.model.loading import load_trained
-from tools.emoji import align
+from tools.demo import RECIPE, TEST_DATA, align_to_the_released_tower
 
-RECIPE, TEST_DATA = "recipes/demo.yaml", "data/demo_test.parquet"
-PICTURES, PASSES = 3840, 8  # of the alignment
 COLUMNS = {  # title of the column -> key of the metrics and task
     "name": ("tasks", "name"), "choice": ("tasks", "choice"), "likeliest": ("ranked", "choice"),
     "yes/no": ("tasks", "yes_no"), "category": ("tasks", "category"),
@@ -85,7 +81,7 @@ def architecture(variant: Variant) -> dict:
     config = json.loads(Path("config.json").read_text(encoding="utf-8"))
     changes = deepcopy(variant.config)
     config["text_config"] |= changes.pop("text_config", {})
-    return config | {"projector_layer_norm": True} | changes
+    return config | changes
 
 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict:
@@ -95,15 +91,10 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict:
     if results.is_file():
         return json.loads(results.read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
-    tower, start = args.output / "tower", folder / "start"
-    if not tower.is_dir():
-        load_trained(".")[0].model.vision_tower.float().save_pretrained(tower)
     config = folder / "config.json"
     config.write_text(json.dumps(architecture(variant), indent=1), encoding="utf-8")
-    passes = PASSES if variant.aligned else 0
-    options = ["--vision_model", str(tower), "--model_config", str(config), "--demo", "--scenes", "0", "--batch", "64"]
-    options += ["--pictures", str(PICTURES if passes else 64), "--passes", str(passes), "--output", str(start)]
-    align.main([*options, "--threads", str(torch.get_num_threads()), "--seed", str(seed)])
+    options = [] if variant.aligned else ["--pictures", "64", "--passes", "0"]
+    start = align_to_the_released_tower(folder, str(config), ["--seed", str(seed), *options])
     recipe = yaml.safe_load(Path(RECIPE).read_text(encoding="utf-8"))
     del recipe["max_minutes"]
     recipe |= {"model": str(start), "data": [f"compose:{variant.data}"], "seed": seed, "max_steps": args.steps}

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from minivlm.cli import Parser, run_command
 from minivlm.model.backbones import build
@@ -30,12 +30,11 @@ from minivlm.training.optimizers import build_optimizers, schedule, step_all
 from minivlm.training.options import parse_args as parse_train_args
 from tools.emoji.concepts import DEMO
 from tools.emoji.drawings import Drawings, load_concept_table
-from tools.emoji.eyes import Eyes, load, normalised, threads
+from tools.emoji.eyes import TAUGHT, Eyes, load, normalised, threads
 from tools.emoji.eyes_train import PictureSource, generator
 from tools.emoji.sources import TRAIN_STYLES
 
 WARMUP = 0.02  # share of the run in which the learning rate rises
-TAUGHT = 0.7  # share of a target that comes from the tower's classifier, as for the pupils of eyes_train.py
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -156,14 +155,13 @@ def train(args) -> None:
     aligner, right = Aligner(args), 0.0
     batches = [aligner.see(i) for i in trange(math.ceil(args.pictures / args.batch), desc="pictures", unit="batch")]
     steps = args.passes * len(batches)
-    progress = trange(steps, desc="alignment")
-    for number in progress:
-        turn, i = divmod(number, len(batches))
-        if i == 0:
-            order = torch.randperm(len(batches), generator=generator(args.seed, turn, 4))
-        loss, hits = aligner.step(batches[order[i]], number / steps)
-        right = 0.95 * right + 0.05 * hits
-        progress.set_postfix(loss=f"{loss:.2f}", right=f"{right:.1%}", refresh=False)
+    with tqdm(total=steps, desc="alignment") as bar:
+        for turn in range(args.passes):
+            for i in torch.randperm(len(batches), generator=generator(args.seed, turn, 4)):
+                loss, hits = aligner.step(batches[i], bar.n / steps)
+                right = 0.95 * right + 0.05 * hits
+                bar.set_postfix(loss=f"{loss:.2f}", right=f"{right:.1%}", refresh=False)
+                bar.update()
     print(f"alignment: {right:.1%} of the likeliest tokens belong to the right name", flush=True)
     aligner.model.requires_grad_(True)
     save_model(aligner.model, aligner.processor, args.output)

@@ -16,6 +16,7 @@ from transformers import AutoModel, CLIPVisionConfig, ResNetConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 SIZE = 128  # side of a picture, pixels
+TAUGHT = 0.7  # share of a target that comes from a trained classifier, the rest from the labels
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from tools.emoji.augment import compose, on_white
 from tools.emoji.drawings import Drawings
 from tools.emoji.eyes import (
     SIZE,
+    TAUGHT,
     Eyes,
     Learner,
     build_optimizers,
@@ -196,8 +197,8 @@ class Run:
     def loss_to_teacher(self, batch, features, logits, label_loss, places) -> torch.Tensor:
         """Return the loss of a pupil.
 
-        It is 0.3 of the loss to the labels, plus 0.7 of the loss to the teacher's probabilities, plus the weighted
-        squared error to the teacher's features at each place.
+        It is 1 - `TAUGHT` of the loss to the labels, plus `TAUGHT` of the loss to the teacher's probabilities, plus
+        the weighted squared error to the teacher's features at each place.
         """
         with torch.no_grad():
             seen = self.teacher.look(batch.pixels)
@@ -205,7 +206,7 @@ class Run:
             said = self.teacher.name(seen, batch.weights).float().softmax(-1)
             seen = F.layer_norm(seen.float(), seen.shape[-1:])
         error = F.mse_loss(self.model.translate(features).float(), seen)
-        names = 0.3 * label_loss + 0.7 * batch.mean(-(said * logits.log_softmax(-1)).sum(-1).flatten())
+        names = (1 - TAUGHT) * label_loss + TAUGHT * batch.mean(-(said * logits.log_softmax(-1)).sum(-1).flatten())
         share = min(1.0, max(0.0, (self.done - self.args.names_from) / 0.1)) if self.args.names_from else 1.0
         return share * names + self.args.feature_weight * error
 
