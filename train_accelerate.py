@@ -27,7 +27,7 @@ from minivlm.cli import run_command
 from minivlm.data.bad_rows import describe_bad_rows
 from minivlm.data.collators import PackingCollator, PaddingCollator
 from minivlm.data.composed import Composer, load_composer
-from minivlm.data.encoder import IGNORE, Encoder
+from minivlm.data.encoder import Encoder
 from minivlm.data.features import use_cached_features
 from minivlm.data.loader import MicroBatches, check_pictures, choose_rows, make_loader
 from minivlm.data.options import is_composed
@@ -42,7 +42,8 @@ from minivlm.model.lora import add_lora
 from minivlm.model.parts import check_gradients, freeze
 from minivlm.training.checkpoints import STOPPED, StopSignal, check_disk, resume, save_checkpoint
 from minivlm.training.device import SHARDED, compile_blocks, largest_micro_batch, make_accelerator
-from minivlm.training.losses import load_balance, z_loss
+from minivlm.training.grounding import check_decoder
+from minivlm.training.losses import SUMS, compute_loss
 from minivlm.training.optimizers import WeightAverage, build_optimizers, schedule, set_learning_rates
 from minivlm.training.options import TrainArgs, parse_args
 from minivlm.training.plotting import plot
@@ -165,6 +166,8 @@ def prepare_model(model: torch.nn.Module, args: TrainArgs, accelerator: Accelera
     adapter = add_lora(model, args) if args.lora else None
     if adapter is None:
         freeze(model, args.train)
+    if args.grounding_loss:
+        check_decoder(model.model.language_model)
     check_disk(model, args.output_dir)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -232,7 +235,7 @@ def take_step(run: Run, group: list[dict], totals: dict[str, int], progress: flo
     warmup = args.warmup if args.warmup < 1 else args.warmup / run.max_steps
     factor = schedule(progress, warmup, args.schedule, args.final_learning_rate)
     set_learning_rates(run.optimizers, factor)  # not accelerator.prepare(scheduler), which steps once per rank
-    loss_sum, imbalance = accumulate_gradients(run, group, totals["answers"])
+    sums = accumulate_gradients(run, group, totals["answers"])
     if check and accelerator.distributed_type not in SHARDED:
         check_gradients(accelerator.unwrap_model(run.model))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -240,7 +243,8 @@ def take_step(run: Run, group: list[dict], totals: dict[str, int], progress: flo
     else:
         norm = accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm or 0.0)
-    loss = accelerator.reduce(loss_sum, "sum").item()
+    sums = dict(zip(SUMS, accelerator.reduce(sums, "sum").tolist()))
+    loss = sums.pop("loss")
     # With fp16 gradients may overflow: the scaler then leaves the step out and scales less.
     value = loss if accelerator.mixed_precision == "fp16" or math.isfinite(norm) else norm
     check_finite(value, group, args, run.state.step + 1, accelerator.process_index)
@@ -250,53 +254,29 @@ def take_step(run: Run, group: list[dict], totals: dict[str, int], progress: flo
     if run.average:
         run.average.update()
     metrics = {"loss": loss, "grad_norm": norm, "lr": args.learning_rate * factor}
-    text = accelerator.unwrap_model(run.model).config.text_config
-    if getattr(text, "num_experts", 0):
-        metrics["imbalance"] = accelerator.reduce(imbalance, "sum").item() / text.num_hidden_layers
-    return metrics
+    return metrics | {name: value for name, value in sums.items() if value}
 
 
-def accumulate_gradients(run: Run, group: list[dict], answers: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put each micro-batch forward and backward; return the sums of this rank's losses and of its imbalances."""
+def accumulate_gradients(run: Run, group: list[dict], answers: int) -> torch.Tensor:
+    """Put each micro-batch forward and backward; return this rank's share of `SUMS`."""
     args, accelerator, device = run.args, run.accelerator, run.accelerator.device
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     answers = torch.tensor(answers, device=device)
-    loss_sum, imbalance = torch.zeros((), device=device), torch.zeros((), device=device)
+    sums = torch.zeros(len(SUMS), device=device)
     for i, batch in enumerate(group):
         tensors = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
         last = i == len(group) - 1
         with nullcontext() if last or deepspeed else accelerator.no_sync(run.model):
-            objective, loss, balance = compute_loss(run, tensors, answers)
-            loss_sum, imbalance = loss_sum + loss, imbalance + balance
+            objective, share = compute_loss(run.model, tensors, answers, args, accelerator)
+            sums += share
             if deepspeed:  # its engine steps within the backward pass, so this is the last chance to look
                 if last:
-                    value = accelerator.reduce(loss_sum, "sum").item()
+                    value = accelerator.reduce(sums, "sum")[0].item()
                     check_finite(value, group, args, run.state.step + 1, accelerator.process_index)
                 accelerator.deepspeed_engine_wrapped.backward(objective, sync_gradients=last)
             else:
                 accelerator.backward(objective)
-    return loss_sum, imbalance
-
-
-def compute_loss(run: Run, tensors: dict[str, torch.Tensor], answers: torch.Tensor):
-    """Return what a micro-batch minimises, its loss, and the imbalance of its mixture's experts, each ().
-
-    The loss is divided by the answer tokens of all ranks and micro-batches. A mean of micro-batch means would let a
-    row with three answer tokens pull as hard as one with three hundred.
-    """
-    labels, text = tensors["shift_labels"], run.accelerator.unwrap_model(run.model).config.text_config
-    routed = {"output_router_logits": True} if getattr(text, "num_experts", 0) else {}
-    with run.accelerator.autocast():
-        outputs = run.model(**tensors, labels=labels, use_cache=False, num_items_in_batch=answers, **routed)
-    objective, balance = outputs.loss, torch.zeros((), device=labels.device)
-    if run.args.z_loss:
-        objective = objective + run.args.z_loss * z_loss(outputs.logits, labels) / answers
-    if outputs.router_logits:  # without this term a mixture soon asks one expert for everything
-        share = (labels != IGNORE).sum() / answers  # of this micro-batch in the step
-        balance = share * load_balance(outputs.router_logits, text.num_experts_per_tok)
-        objective = objective + text.router_aux_loss_coef * balance
-    # The product undoes the mean that DDP, FSDP and ZeRO take over ranks.
-    return objective * run.accelerator.num_processes, outputs.loss.detach(), balance.detach()
+    return sums
 
 
 def evaluate_and_keep(run: Run) -> bool:

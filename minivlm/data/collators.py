@@ -16,6 +16,9 @@ def _finish(batch: dict, labels: torch.Tensor, samples: list[dict]) -> dict:
     pixels = [sample["pixel_values"] for sample in samples if len(sample["pixel_values"])]
     if pixels:
         batch["pixel_values"] = torch.cat(pixels)
+    grounding = [(i, found) for i, sample in enumerate(samples) if (found := sample.get("grounding")) is not None]
+    if grounding:
+        batch["grounding"] = torch.cat([torch.cat([torch.full((len(f), 1), i), f], dim=1) for i, f in grounding])
     batch["places"] = [place for sample in samples for place in sample["places"]]
     batch["bad_rows"] = [bad for sample in samples for bad in sample["bad_rows"]]
     batch["epoch"] = max(sample["epoch"] for sample in samples)
@@ -56,6 +59,7 @@ class PaddingCollator:
     def __call__(self, samples: list[dict]) -> dict:
         """Return `input_ids`, `position_ids`, `logits_to_keep` (B, T), `shift_labels` (1, K), `pixel_values`.
 
+        With phrases also `grounding` (n, 3 + I): the number of the row, then the columns of `phrases.locate`.
         With branches also `attention_mask` (B, 1, T, T), to be added to attention scores: 0 or the lowest float.
         """
 

@@ -6,9 +6,10 @@ Labels come from the chat template's `{% generation %}` blocks: the assistant's 
 """
 
 import copy
+import math
 import re
 from bisect import bisect_right
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from PIL import Image, PngImagePlugin
 from transformers import ProcessorMixin
 
 from minivlm.data.bad_rows import CUT, BadRow
+from minivlm.data.phrases import locate
 from minivlm.data.pictures import decode_image
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # or Pillow refuses pictures with long metadata
@@ -170,6 +172,19 @@ class Encoder:
             raise BadRow("no answer tokens: the conversation has no assistant turn with words in it")
         return ids, labels, len(messages)
 
+    @cached_property
+    def header(self) -> str:
+        """Return what the chat template writes between a question and its answer."""
+        turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        return text[text.rindex("QUESTION") + len("QUESTION") : text.rindex("ANSWER")]
+
+    def ground(self, sample: dict, labels: list[int]) -> torch.Tensor:
+        """Return `locate` for the phrases of a sample of one question about one picture."""
+        first = next(i for i, label in enumerate(labels) if label != IGNORE)
+        side, question = math.isqrt(self.processor.image_seq_length), sample["messages"][-2]["content"][-1]["text"]
+        return locate(sample["phrases"], question, self.header, self.tokenizer, first, side)
+
     def _last_fitting(self, messages: list[dict]) -> int:
         """Return the end of the last answer up to which a conversation fits into `max_length`; 0 if none fits."""
         # More messages only append tokens, so the lengths of the beginnings that end in an answer ascend.
@@ -192,7 +207,8 @@ class Encoder:
 
         Returns:
             `input_ids` and `labels` (T,); `pixel_values` (N, 3, H, W) of the sample's N pictures, empty without any,
-            or their features (N, 1, P, V) after `with_features`; `notes`, a line if turns were cut.
+            or their features (N, 1, P, V) after `with_features`; `notes`, a line if turns were cut; `grounding`
+            (n, 2 + I) of the sample's n phrases as `locate` gives it, None without phrases.
 
         Raises:
             BadRow: as for `tokenize`, or a picture cannot be read.
@@ -214,6 +230,7 @@ class Encoder:
             "labels": torch.tensor(labels),
             "pixel_values": pixels,
             "notes": notes,
+            "grounding": self.ground(sample, labels) if sample.get("phrases") else None,
         }
 
 
@@ -225,7 +242,7 @@ def share_prefix(samples: list[dict], image_token_id: int) -> dict[str, torch.Te
 
     Returns:
         `input_ids`, `labels`, `position_ids` and `branch` (T,), which is 0 in the common part and k in the k-th row's
-        own; `pixel_values` of the first row.
+        own; `pixel_values` of the first row; `grounding` of all rows, None if none has phrases.
     """
     first = samples[0]
     is_image = (first["input_ids"] == image_token_id).nonzero()
@@ -237,12 +254,20 @@ def share_prefix(samples: list[dict], image_token_id: int) -> dict[str, torch.Te
         for key, pieces in parts.items():
             pieces.append(sample[key][shared:])
         lengths.append(len(sample["input_ids"]) - shared)
+    grounding, start = [], 0  # how far a row's own part moves
+    for sample, length in zip(samples, lengths[1:]):
+        if (found := sample.get("grounding")) is not None:
+            found = found.clone()
+            found[:, :2] += start * (found[:, :2] > 0)
+            grounding.append(found)
+        start += length
     positions = [torch.arange(shared)] + [shared + torch.arange(length) for length in lengths[1:]]
     return {
         **{key: torch.cat(pieces) for key, pieces in parts.items()},
         "position_ids": torch.cat(positions),
         "branch": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         "pixel_values": first["pixel_values"],
+        "grounding": torch.cat(grounding) if grounding else None,
     }
 
 

@@ -34,6 +34,11 @@ def make_accelerator(args: TrainArgs) -> Accelerator:
             f"{accelerator.distributed_type.value} cuts the weights into shards: use --optimizer adamw without --ema, "
             "--eval_every, --push_every or --compile (eval_data is still answered at the end), or a DDP configuration."
         )
+    if sharded and args.grounding_loss:
+        raise ValueError(
+            f"{accelerator.distributed_type.value} cuts the weights into shards, --grounding_loss reads them whole. "
+            "Leave it out, or use a DDP configuration."
+        )
     if plugin := accelerator.state.deepspeed_plugin:  # it would read these from the loader, which it is not given
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = max(1, args.micro_batch_size)
         plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm

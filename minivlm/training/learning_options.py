@@ -32,6 +32,9 @@ class TrainingArgs:
     adam_beta2: float = option(0.98, "Decay of AdamW's mean square gradient.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this global norm.")
     z_loss: float = option(0.0, "Weight of the squared log-partition added to the loss (arXiv 2204.02311, section 5).")
+    grounding_loss: float = option(
+        0.0, "Weight of a loss that lets words attend to what they name; needs compose: data with phrases."
+    )
     ema: float = option(0.0, "Decay of an average of the weights that is evaluated and saved as the result. 0: none.")
     device: str = option("auto", "auto, cpu, or cuda: stop if there is no GPU.")
     mixed_precision: str = option(

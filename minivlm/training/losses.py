@@ -1,8 +1,11 @@
-"""Add to the loss of a batch: z-loss, and the balance of a mixture of experts."""
+"""Compute what training minimises: the loss of the answers, and what is added to it."""
 
 import torch
 
 from minivlm.data.encoder import IGNORE
+from minivlm.training.grounding import grounding_loss
+
+SUMS = ("loss", "imbalance", "grounding")  # what `compute_loss` reports of a micro-batch; the loss comes first
 
 
 def z_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -25,3 +28,38 @@ def load_balance(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.T
         sent = torch.zeros_like(shares).scatter(1, shares.topk(top_k).indices, 1.0)
         total = total + shares.shape[1] * (sent.mean(0) * shares.mean(0)).sum()
     return total
+
+
+def compute_loss(model, tensors: dict[str, torch.Tensor], answers: torch.Tensor, args, accelerator):
+    """Return what a micro-batch minimises, (), and its share of `SUMS`, (3,).
+
+    The loss is divided by the answer tokens of all ranks and micro-batches. A mean of micro-batch means would let a
+    row with three answer tokens pull as hard as one with three hundred.
+
+    Args:
+        model: as Accelerate prepared it.
+        answers: answer tokens of all ranks and micro-batches of the step, ().
+        args: options of training.
+    """
+    labels, plain = tensors["shift_labels"], accelerator.unwrap_model(model)
+    text, extra = plain.config.text_config, {}
+    is_grounded = args.grounding_loss and "grounding" in tensors
+    if getattr(text, "num_experts", 0):
+        extra["output_router_logits"] = True
+    if is_grounded:
+        extra["output_hidden_states"] = True
+    inputs = {key: value for key, value in tensors.items() if key != "grounding"}
+    share = (labels != IGNORE).sum() / answers  # of this micro-batch in the step
+    imbalance = grounded = torch.zeros((), device=labels.device)
+    with accelerator.autocast():
+        outputs = model(**inputs, labels=labels, use_cache=False, num_items_in_batch=answers, **extra)
+        if is_grounded:
+            grounded = share * grounding_loss(plain, outputs.hidden_states, tensors)
+    objective = outputs.loss + args.grounding_loss * grounded
+    if args.z_loss:
+        objective = objective + args.z_loss * z_loss(outputs.logits, labels) / answers
+    if outputs.router_logits:  # without this term a mixture soon asks one expert for everything
+        balance = share * load_balance(outputs.router_logits, text.num_experts_per_tok)
+        objective, imbalance = objective + text.router_aux_loss_coef * balance, balance / text.num_hidden_layers
+    # The product undoes the mean that DDP, FSDP and ZeRO take over ranks.
+    return objective * accelerator.num_processes, torch.stack([outputs.loss, imbalance, grounded]).detach()

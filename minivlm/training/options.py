@@ -9,7 +9,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from minivlm.cli import HelpFormatter, Parser, option
-from minivlm.data.options import DataArgs, check_data
+from minivlm.data.options import DataArgs, check_data, is_composed
 from minivlm.model.loading import PARTS_OF_NEW
 from minivlm.model.options import ModelArgs, check_model, read_lora, read_model_config
 from minivlm.resources import find_recipe
@@ -161,6 +161,8 @@ def check_together(args: TrainArgs) -> None:
     """Raise ValueError for options of different groups that exclude each other."""
     if args.streaming and not (args.max_steps or args.max_minutes):
         raise ValueError("--streaming: the data has no known length. Give --max_steps or --max_minutes.")
+    if args.grounding_loss and not is_composed(args.data):
+        raise ValueError("--grounding_loss needs --data compose:MODULE, whose samples say where a picture shows what.")
     if args.lora and (args.keep_best or args.push_every):
         raise ValueError("--lora saves its adapter at the end only: leave out --keep_best and --push_every.")
     tower_trains = any(selector.startswith("vision") for selector in args.train) or args.lora

@@ -2,6 +2,7 @@
 
 from PIL import Image
 
+from tools.emoji.composer import Composed
 from tools.emoji.demo_composer import DemoComposer
 from tools.emoji.pictures import SIZE
 
@@ -9,9 +10,9 @@ from tools.emoji.pictures import SIZE
 class BlindComposer(DemoComposer):
     """Ask the same questions about pictures that show nothing."""
 
-    def rows(self, epoch: int, index: int) -> tuple:
+    def rows(self, epoch: int, index: int) -> Composed:
         """Return what `Composer.rows` returns, with a grey picture."""
-        return Image.new("RGB", (SIZE, SIZE), (128, 128, 128)), *super().rows(epoch, index)[1:]
+        return super().rows(epoch, index)._replace(picture=Image.new("RGB", (SIZE, SIZE), (128, 128, 128)))
 
 
 open_composer = BlindComposer.open

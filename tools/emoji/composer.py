@@ -10,28 +10,47 @@ draw the same picture. The drawings and concepts are those of data/.
 import random
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from minivlm.cli import Parser, run_command
+from minivlm.data.phrases import Phrase
 from tools.emoji.augment import compose
 from tools.emoji.concepts import LANGUAGES, Concept
 from tools.emoji.drawings import Drawings, load_concept_table
 from tools.emoji.grounding import grounding_rows
 from tools.emoji.pictures import SIZE, choose_ground, draw_single, encode
-from tools.emoji.questions import only_above, only_left, scene_rows, single_rows
+from tools.emoji.questions import Row, choice_row, only_above, only_left, options, scene_rows, single_rows
 from tools.emoji.rows import make_row, write
-from tools.emoji.scenes import Album
+from tools.emoji.scenes import Album, Thing
 from tools.emoji.sources import TRAIN_STYLES
 
 DATA = Path("data")
 PICTURES = 20_000  # of an epoch; a number without meaning, since no picture comes twice
-SINGLES = (0.85, 0.5)  # share of pictures that show one thing, in the first epoch and later: names are learned first
+SINGLES = (0.7, 0.45)  # share of pictures that show one thing, in the first epoch and later: names are learned first
 REDRAWN = 0.5  # share of pictures whose things have other colours, so that shapes must be learned
 # Share of the questions about scenes that are asked: these are learned quickly, or their answers are long.
-ASKED = {"caption": 0.2, "count": 0.5}
+ASKED = {"caption": 0.2, "count": 0.3, "background": 0.3}
+WHOLE = (0.0, 0.0, 1.0, 1.0)  # the box of the only thing in a picture
+
+
+class Composed(NamedTuple):
+    """Hold a picture with its questions; `places` are the boxes of each concept, in shares of the picture."""
+
+    picture: Image.Image
+    style: str
+    slugs: str
+    rows: list[Row]
+    places: dict[Concept, list[tuple[float, float, float, float]]]
+
+
+def phrases(row: Row, places: dict) -> list[Phrase]:
+    """Return what the question of a row names; the answer depends on all but the wrong options."""
+    named = [(concept.name(row.language), places.get(concept, [])) for concept in row.about]
+    return [Phrase(name, boxes, row.options is None or name == row.answer) for name, boxes in named]
 
 
 class Composer:
@@ -51,17 +70,17 @@ class Composer:
 
     def compose(self, epoch: int, index: int) -> list[dict]:
         """Return the samples about a picture in the order in which they should be used."""
-        picture, _, _, rows = self.rows(epoch, index)
+        picture, _, _, rows, places = self.rows(epoch, index)
         return [
-            {"images": [picture], "messages": [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            {"images": [picture], "phrases": phrases(row, places), "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]},
+                {"role": "assistant", "content": [{"type": "text", "text": row.answer}]},
             ]}
-            for _, _, question, answer, *_ in rows
+            for row in rows
         ]  # fmt: skip
 
-    def rows(self, epoch: int, index: int) -> tuple[Image.Image, str, str, list[tuple]]:
-        """Return the picture, style, concepts, and rows (task, language, question, answer, options, box)."""
+    def rows(self, epoch: int, index: int) -> Composed:
+        """Return a picture with its questions."""
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         style = rng.choice(self.styles)
         redrawn = rng.random() < self.redrawn_share
@@ -69,7 +88,7 @@ class Composer:
             return self.single(rng, index, style, redrawn)
         return self.scene(rng, index, style, redrawn)
 
-    def single(self, rng, index: int, style: str, redrawn: bool = False):
+    def single(self, rng, index: int, style: str, redrawn: bool = False) -> Composed:
         """Return what `rows` returns, for a picture of one thing; its names in both languages come first."""
         pool = self.pools[style]
         concept = rng.choice(pool)
@@ -87,7 +106,7 @@ class Composer:
             ground, shade, _ = choose_ground(rng, [painted.hidden])
             picture, colour = draw_single(rng, painted.sprite, shade), painted.colour
         asked = single_rows(rng, index, concept, colour, ground, pool, names + wanted)
-        return picture, style, concept.slug, [(*row, None) for row in asked]
+        return Composed(picture, style, concept.slug, asked, {concept: [WHOLE]})
 
     def redrawn(self, rng, drawing: int) -> Image.Image:
         """Return a picture of a drawing that is changed as strongly as those from which the tower learned."""
@@ -97,17 +116,32 @@ class Composer:
         x, _ = compose(pixels, mono, cell, 1, SIZE, 1.0, generator)
         return Image.fromarray((x[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
 
-    def scene(self, rng, index: int, style: str, redrawn: bool = False):
+    def scene(self, rng, index: int, style: str, redrawn: bool = False) -> Composed:
         """Return what `rows` returns, for a scene; the questions are in random order."""
         pool = self.scene_pools[style]
         answers = rng.choice((None, only_left, only_above))
         things, ground, picture = self.album.compose(rng, style, pool, answers, redrawn)
         pairs = [(thing.concept, thing.position) for thing in things]
-        rows = [(*row, None) for row in scene_rows(rng, index, pairs, ground, pool, canonical=False, repeats=2)]
-        rows += [(*row[:4], None, row[4]) for row in grounding_rows(rng, index, things, canonical=False)]
-        rows = [row for row in rows if rng.random() < ASKED.get(row[0], 1)]
+        rows = scene_rows(rng, index, pairs, ground, pool, canonical=False, repeats=2)
+        rows += grounding_rows(rng, index, things, canonical=False)
+        rows += self.choices(rng, things, pool)
+        rows = [row for row in rows if rng.random() < ASKED.get(row.task, 1)]
         rng.shuffle(rows)
-        return picture, style, ",".join(thing.concept.slug for thing in things), rows
+        places = {}
+        for thing in things:
+            places.setdefault(thing.concept, []).append(tuple(value / SIZE for value in thing.box))
+        return Composed(picture, style, ",".join(thing.concept.slug for thing in things), rows, places)
+
+    def choices(self, rng, things: list[Thing], pool: list[Concept]) -> list[Row]:
+        """Return the question which of four things a scene shows, in both languages.
+
+        What a picture of one thing shows is known without the options. Here only one of the things is offered.
+        """
+        kinds, rows = list(dict.fromkeys(thing.concept for thing in things)), []
+        for language in LANGUAGES:
+            answer = rng.choice(kinds)
+            rows.append(choice_row(rng, language, False, answer, options(rng, answer, pool, kinds)))
+        return rows
 
 
 def open_composer(seed: int) -> Composer:
@@ -127,9 +161,9 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     composer, rows = open_composer(args.seed), []
     for index in tqdm(range(args.pictures), desc="pictures"):
-        picture, style, slugs, asked = composer.rows(args.epoch, index)
+        picture, style, slugs, asked, _ = composer.rows(args.epoch, index)
         data = encode(picture, 70)
-        rows += [make_row(data, style, slugs, *row) for row in asked]
+        rows += [make_row(data, style, slugs, row, with_box=True) for row in asked]
     write(rows, args.output, args.seed, shuffle=False)
 
 

@@ -6,7 +6,7 @@ Places are in per cent of the picture's width and height, from the top left corn
 
 from tools.emoji.concepts import LANGUAGES, Concept
 from tools.emoji.pictures import BACKGROUNDS, SIZE
-from tools.emoji.questions import ask, color_name, only_above
+from tools.emoji.questions import Row, ask, color_name, only_above
 
 GROUNDING_TASKS = ("point", "box", "above", "count_colour")
 
@@ -16,8 +16,8 @@ def to_percent(box: tuple) -> tuple[int, int, int, int]:
     return tuple(round(100 * value / SIZE) for value in box)
 
 
-def grounding_rows(rng, index: int, things: list, canonical: bool) -> list[tuple]:
-    """Return rows (task, language, question, answer, box or None) on a scene, one per task that has an answer.
+def grounding_rows(rng, index: int, things: list, canonical: bool) -> list[Row]:
+    """Return rows on a scene, one per task that has an answer.
 
     Args:
         index: number of the scene; even or odd decides the language of each task.
@@ -33,7 +33,8 @@ def grounding_rows(rng, index: int, things: list, canonical: bool) -> list[tuple
         language = LANGUAGES[(index + turn) % 2]
         values = {key: color_name(value, language) for key, value in values.items()}
         answer = answer.name(language) if isinstance(answer, Concept) else answer
-        rows.append((task, language, ask(rng, task, language, canonical, concept, **values), answer, box))
+        question = ask(rng, task, language, canonical, concept, **values)
+        rows.append(Row(task, language, question, answer, box=box, about=(concept,)))
 
     if once:
         thing = rng.choice(once)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from PIL import Image
 
 from tools.emoji.concepts import LANGUAGES, Concept
-from tools.emoji.questions import ask, listed, options
+from tools.emoji.questions import Row, ask, choice_row, options
 from tools.emoji.rows import make_row
 from tools.emoji.sources import download_debian
 
@@ -131,11 +131,8 @@ def photo_rows(photos: list, concepts: list[Concept], seed: int) -> list[dict]:
         rng, buffer = random.Random(f"{seed}/photos/{number}"), io.BytesIO()
         picture.save(buffer, "WEBP", quality=80, method=6)
         for language in LANGUAGES:
-            answer = by_slug[slug].name(language)
-            names = options(rng, by_slug[slug], pool, language)
-            choice = ask(rng, "choice", language, True, options=listed(names, language))
-            asked = [("name", ask(rng, "name", language, True), None), ("choice", choice, names)]
-            for task, question, offered in asked:
-                row = make_row(buffer.getvalue(), "photo", slug, task, language, question, answer, offered)
-                rows.append(row | {"credit": credit})
+            concept = by_slug[slug]
+            choice = choice_row(rng, language, True, concept, options(rng, concept, pool))
+            name = Row("name", language, ask(rng, "name", language, True), concept.name(language))
+            rows += [make_row(buffer.getvalue(), "photo", slug, row) | {"credit": credit} for row in (name, choice)]
     return rows

@@ -113,7 +113,7 @@ def build_singles(split: str, styles: tuple, sprites: dict, args) -> list[dict]:
         ground, shade, _ = choose_ground(rng, [hidden])
         picture = encode(draw_single(rng, sprite, shade), args.quality)
         asked = single_rows(rng, index, concept, main, ground, pools[style], wanted_singles(rng, index, split))
-        rows += [make_row(picture, style, concept.slug, *row) for row in asked]
+        rows += [make_row(picture, style, concept.slug, row) for row in asked]
     return rows
 
 
@@ -131,7 +131,7 @@ def build_scenes(split: str, styles: tuple, sprites: dict, pool: list[Concept], 
         drawn, _ = draw_scene(rng, shown, [position for _, position in things], shade)
         picture, slugs = encode(drawn, args.quality), ",".join(concept.slug for concept, _ in things)
         asked = scene_rows(rng, index, things, ground, found, canonical=True, repeats=1)
-        rows += [make_row(picture, style, slugs, *row) for row in asked]
+        rows += [make_row(picture, style, slugs, row) for row in asked]
     return rows
 
 
@@ -142,8 +142,8 @@ def build_grounding(split: str, style: str, album: Album, number: int, args) -> 
         rng = random.Random(f"{args.seed}/{split}/scene/{index}")
         things, _, picture = album.compose(rng, style, list(album.rows[style]), only_above if index % 2 else None)
         data, slugs = encode(picture, args.quality), ",".join(thing.concept.slug for thing in things)
-        for *row, box in grounding_rows(rng, index, things, canonical=True):
-            rows.append(make_row(data, style, slugs, *row, None, box))
+        asked = grounding_rows(rng, index, things, canonical=True)
+        rows += [make_row(data, style, slugs, row, with_box=True) for row in asked]
     return rows
 
 

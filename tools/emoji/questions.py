@@ -4,6 +4,8 @@
 each task is the canonical one. The evaluation files use only this one, the training files use all.
 """
 
+from typing import NamedTuple
+
 from tools.emoji.concepts import CATEGORIES, LANGUAGES, PROPER_NAMES, Concept, draw_other
 
 COLORS = {
@@ -138,6 +140,22 @@ PHRASES = {
 TASKS = tuple(task for task, language in PHRASES if language == "en")
 
 
+class Row(NamedTuple):
+    """Hold a question about a picture, with its answer.
+
+    `options` are the names that a choice offers, `box` is the place of what is asked for, in per cent of the picture,
+    and `about` are the concepts that the question names: those of the options, or one, or none.
+    """
+
+    task: str
+    language: str
+    question: str
+    answer: str
+    options: list[str] | None = None
+    box: tuple[int, int, int, int] | None = None
+    about: tuple[Concept, ...] = ()
+
+
 def ask(rng, task: str, language: str, canonical: bool, concept: Concept = None, **values) -> str:
     """Return a question of the task in one of its phrasings.
 
@@ -162,13 +180,24 @@ def ask(rng, task: str, language: str, canonical: bool, concept: Concept = None,
     return phrase.format(**values)
 
 
-def options(rng, answer: Concept, pool: list[Concept], language: str) -> list[str]:
-    """Return four names in random order: the answer, and three that fit neither the picture nor each other."""
-    names = [answer]
-    while len(names) < 4:
-        names.append(draw_other(rng, pool, names, near=len(names) == 1 and rng.random() < 0.5))
-    rng.shuffle(names)
-    return [c.name(language) for c in names]
+def options(rng, answer: Concept, pool: list[Concept], shown: list[Concept] = ()) -> list[Concept]:
+    """Return four concepts in random order: the answer, and three that fit neither the picture nor each other.
+
+    Args:
+        shown: what else the picture shows.
+    """
+    offered, others = [answer], [concept for concept in shown if concept is not answer]
+    while len(offered) < 4:
+        offered.append(draw_other(rng, pool, offered + others, near=len(offered) == 1 and rng.random() < 0.5))
+    rng.shuffle(offered)
+    return offered
+
+
+def choice_row(rng, language: str, canonical: bool, answer: Concept, offered: list[Concept]) -> Row:
+    """Return the question which of the concepts that are offered the picture shows."""
+    names = [concept.name(language) for concept in offered]
+    question = ask(rng, "choice", language, canonical, options=listed(names, language))
+    return Row("choice", language, question, answer.name(language), names, about=tuple(offered))
 
 
 def listed(names: list[str], language: str) -> str:
@@ -181,8 +210,8 @@ def color_name(color: str, language: str) -> str:
     return color if language == "en" else COLORS[color]
 
 
-def single_rows(rng, index: int, concept: Concept, main, background: str, pool: list, wanted: list) -> list:
-    """Return rows (task, language, question, answer, options or None) on a picture of one thing.
+def single_rows(rng, index: int, concept: Concept, main, background: str, pool: list, wanted: list) -> list[Row]:
+    """Return rows on a picture of one thing.
 
     Args:
         index: number of the picture in a random order; even and odd numbers balance yes and no.
@@ -194,16 +223,16 @@ def single_rows(rng, index: int, concept: Concept, main, background: str, pool: 
     rows, turn = [], index
     for task, language, canonical in wanted:
         which = LANGUAGES.index(language)
-        shown, values, names = None, {}, None
+        shown = None
+        if task == "choice":
+            rows.append(choice_row(rng, language, canonical, concept, options(rng, concept, pool)))
+            continue
         if task == "caption":
             answer = single_caption(concept, background, language)
         elif task == "name":
             answer = concept.name(language)
         elif task == "category":
             answer = CATEGORIES[concept.group][which]
-        elif task == "choice":
-            answer, names = concept.name(language), options(rng, concept, pool, language)
-            values = {"options": listed(names, language)}
         elif task == "yes_no":
             yes, turn = turn % 2, turn + 1
             shown = concept if yes else draw_other(rng, pool, [concept], near=rng.random() < 0.5)
@@ -214,7 +243,8 @@ def single_rows(rng, index: int, concept: Concept, main, background: str, pool: 
             answer = color_name(main, language)
         elif task == "background":
             answer = color_name(background, language)
-        rows.append((task, language, ask(rng, task, language, canonical, shown, **values), answer, names))
+        about = () if shown is None else (shown,)
+        rows.append(Row(task, language, ask(rng, task, language, canonical, shown), answer, about=about))
     return rows
 
 
@@ -243,8 +273,8 @@ def scene_caption(things: list, background: str, language: str) -> str:
     return f"{article(background).capitalize()} {background} background with {number}: {', '.join(parts)}."
 
 
-def scene_rows(rng, index: int, things: list, background: str, pool: list, canonical: bool, repeats: int) -> list:
-    """Return rows (task, language, question, answer, None) on a scene.
+def scene_rows(rng, index: int, things: list, background: str, pool: list, canonical: bool, repeats: int) -> list[Row]:
+    """Return rows on a scene.
 
     Args:
         index: number of the scene in a random order; it decides the first language, and yes or no.
@@ -261,7 +291,8 @@ def scene_rows(rng, index: int, things: list, background: str, pool: list, canon
         language = LANGUAGES[(index // 2 + turn) % 2]
 
         def add(task, answer, shown=None):
-            rows.append((task, language, ask(rng, task, language, canonical, shown), answer, None))
+            about = () if shown is None else (shown,)
+            rows.append(Row(task, language, ask(rng, task, language, canonical, shown), answer, about=about))
 
         add("count", str(len(things)))
         kind = rng.choice(kinds if rng.random() < 0.4 else [c for c in kinds if concepts.count(c) > 1] or kinds)

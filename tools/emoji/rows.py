@@ -7,6 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tools.emoji.questions import Row
+
 COLUMNS = ("conversations", "image_bytes", "task", "language", "style", "concept", "options")
 TYPES = {
     "image_bytes": pa.binary(),
@@ -15,11 +17,11 @@ TYPES = {
 }  # all other columns are strings
 
 
-def make_row(picture: bytes, style: str, concept: str, task, language, question, answer, options, *box) -> dict:
-    """Return a row with the columns `COLUMNS`; a further value `box`, which may be None, adds a column."""
-    turns = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
-    values = (json.dumps(turns, ensure_ascii=False), picture, task, language, style, concept, options, *box)
-    return dict(zip((*COLUMNS, "box"), values))
+def make_row(picture: bytes, style: str, concept: str, row: Row, with_box: bool = False) -> dict:
+    """Return a row of a file: the columns `COLUMNS`, and with `with_box` a column `box`, which may be None."""
+    turns = [{"role": "user", "content": f"<image>\n{row.question}"}, {"role": "assistant", "content": row.answer}]
+    values = (json.dumps(turns, ensure_ascii=False), picture, row.task, row.language, style, concept, row.options)
+    return dict(zip(COLUMNS, values)) | ({"box": row.box} if with_box else {})
 
 
 def write(rows: list[dict], path: Path, seed: int, shuffle: bool) -> None:
