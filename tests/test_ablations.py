@@ -10,6 +10,7 @@ from minivlm.evaluation.scoring import wilson
 from tools.ablations import __main__ as ablations
 from tools.ablations.blind import BlindComposer
 from tools.ablations.five_styles import FiveStyles
+from tools.ablations.no_scenes import NoScenes
 from tools.ablations.not_redrawn import NotRedrawn
 from tools.emoji.demo_composer import DemoComposer
 from tools.emoji.sources import FIRST_STYLES
@@ -23,7 +24,7 @@ def composed():
     def compose(kind) -> tuple:
         composer = kind(drawings, CONCEPTS, set(), 0)
         found = [composer.rows(0, index) for index in range(60)]
-        return [p.tobytes() for p, *_ in found], {style for _, style, *_ in found}, [rows for *_, rows in found]
+        return [p.tobytes() for p, *_ in found], {style for _, style, *_ in found}, [rows for *_, rows, _ in found]
 
     return compose
 
@@ -39,11 +40,22 @@ def test_five_styles_are_those_of_the_first_edition(composed):
     assert drawn - set(FIRST_STYLES) and composed(FiveStyles)[1] == drawn & set(FIRST_STYLES)
 
 
-def test_drawings_that_are_not_changed_have_a_known_background(composed):
-    def about_backgrounds(rows):
-        return sum(any(row[0] == "background" for row in asked) for asked in rows)
+def share(task: str, rows: list[list]) -> float:
+    """Return the share of the pictures of one thing that are asked about with a task."""
+    singles = [tasks for tasks in ({row.task for row in asked} for asked in rows) if "name" in tasks]
+    return sum(task in tasks for tasks in singles) / len(singles)
 
-    assert about_backgrounds(composed(NotRedrawn)[2]) == 60 > about_backgrounds(composed(DemoComposer)[2]) > 10
+
+def test_drawings_that_are_not_changed_have_a_known_background(composed):
+    assert share("background", composed(NotRedrawn)[2]) == 1 > share("background", composed(DemoComposer)[2]) > 0.2
+
+
+def test_without_scenes_each_picture_is_asked_for_one_name(composed):
+    def scenes(kind):
+        return sum(all(row.task != "name" for row in asked) for asked in composed(kind)[2])
+
+    assert scenes(NoScenes) == 0 and scenes(DemoComposer) > 10
+    assert {row.task for asked in composed(DemoComposer)[2] for row in asked} >= {"exists", "choice", "name"}
 
 
 @pytest.mark.parametrize("name", ablations.VARIANTS)

@@ -24,7 +24,7 @@ LEVELS = [
 REMOTE = ["configuration_minivlm", "processing_minivlm", "modeling_minivlm"]
 # From source to batch, each file imports only those before it; the previews stand beside this path.
 DATA = """
-    bad_rows pictures files schemas options rows encoder dataset composed plans collators streaming features loader
+    bad_rows pictures files schemas options rows phrases encoder dataset composed plans collators streaming features loader
     preview preview_page
 """.split()
 LIMITS = {"function": 40, "parameters": 7, "file": 399, "modeling": 519}

@@ -115,7 +115,7 @@ def test_a_layout_is_sought_in_which_the_question_has_an_answer(drawings):
     album, counts = Album(drawings, CONCEPTS), {}
     for wanted in (None, only_above):
         scenes = [album.compose(random.Random(seed), "noto", CONCEPTS, wanted)[0] for seed in range(60)]
-        asked = [any(row[0] == "above" for row in grounding_rows(random.Random(0), 0, s, True)) for s in scenes]
+        asked = [any(row.task == "above" for row in grounding_rows(random.Random(0), 0, s, True)) for s in scenes]
         counts[wanted] = sum(asked)
     assert counts[only_above] > counts[None] + 10
 
@@ -124,7 +124,7 @@ def test_the_stored_answers_are_right_and_their_neighbours_wrong(drawings):
     album, asked = Album(drawings, CONCEPTS), set()
     for seed in range(40):
         things, *_ = album.compose(random.Random(seed), "noto", CONCEPTS)
-        for task, language, question, answer, box in grounding_rows(random.Random(seed), seed, things, True):
+        for task, language, question, answer, _, box, _ in grounding_rows(random.Random(seed), seed, things, True):
             asked.add((task, language))
             assert (box is not None) == (task in ("point", "box"))
             if box is None:

@@ -24,7 +24,10 @@ class Composer(Protocol):
         """Return how many pictures an epoch has."""
 
     def compose(self, epoch: int, index: int) -> list[dict]:
-        """Return samples `{"images": [picture], "messages"}` that begin with the same picture, in random order."""
+        """Return samples `{"images": [picture], "messages"}` that begin with the same picture, in random order.
+
+        A sample may also have `phrases`, a list of `minivlm.data.phrases.Phrase`, for `--grounding_loss`.
+        """
 
 
 def load_composer(source: str, seed: int) -> Composer:

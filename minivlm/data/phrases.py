@@ -5,11 +5,13 @@
 Only samples that a program composes have phrases; see `minivlm/data/composed.py`.
 """
 
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
 
 PLACES = 3  # columns of a batch before those of the image tokens: row, last token of the phrase, where it is read
+TOKENS = {"add_special_tokens": False, "return_offsets_mapping": True}
 Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the picture
 
 
@@ -62,12 +64,12 @@ def locate(phrases: list[Phrase], question: str, header: str, tokenizer, first_a
         ValueError: a phrase does not stand in the question.
     """
     # From the answer backwards: the template may write anything before the question.
-    encoded = tokenizer(question + header, add_special_tokens=False)
-    start, found = first_answer - len(encoded["input_ids"]), []
+    begins = [begin for begin, _ in tokenizer(question + header, **TOKENS)["offset_mapping"]]
+    start, found = first_answer - len(begins), []
     for text, boxes, is_read in phrases:
         if (at := question.rfind(text)) < 0:
             raise ValueError(f"The phrase {text!r} does not stand in the question {question!r}.")
-        last = start + encoded.char_to_token(at + len(text) - 1)
+        last = start + bisect_left(begins, at + len(text)) - 1  # a rare character has several tokens
         places = torch.tensor([last, first_answer - 1 if is_read else 0])
         found.append(torch.cat([places, cover(boxes, side)]))
     return torch.stack(found)

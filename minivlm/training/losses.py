@@ -49,16 +49,16 @@ def compute_loss(model, tensors: dict[str, torch.Tensor], answers: torch.Tensor,
     if is_grounded:
         extra["output_hidden_states"] = True
     inputs = {key: value for key, value in tensors.items() if key != "grounding"}
-    share = (labels != IGNORE).sum() / answers  # of this micro-batch in the step
     imbalance = grounded = torch.zeros((), device=labels.device)
     with accelerator.autocast():
         outputs = model(**inputs, labels=labels, use_cache=False, num_items_in_batch=answers, **extra)
         if is_grounded:
-            grounded = share * grounding_loss(plain, outputs.hidden_states, tensors)
+            grounded = grounding_loss(plain, outputs.hidden_states, tensors) / answers
     objective = outputs.loss + args.grounding_loss * grounded
     if args.z_loss:
         objective = objective + args.z_loss * z_loss(outputs.logits, labels) / answers
     if outputs.router_logits:  # without this term a mixture soon asks one expert for everything
+        share = (labels != IGNORE).sum() / answers  # of this micro-batch in the step
         balance = share * load_balance(outputs.router_logits, text.num_experts_per_tok)
         objective, imbalance = objective + text.router_aux_loss_coef * balance, balance / text.num_hidden_layers
     # The product undoes the mean that DDP, FSDP and ZeRO take over ranks.

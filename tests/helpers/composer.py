@@ -3,6 +3,7 @@
 import random
 
 from helpers.pictures import noise
+from minivlm.data.phrases import Phrase
 
 BAD = (0, 3)  # epoch and number of a picture whose second sample has no marker
 
@@ -26,7 +27,11 @@ class Composer:
         """Return one question and its answer; the bad one does not say where the picture stands."""
         marker = [] if bad else [{"type": "image"}]
         asked = {"role": "user", "content": [*marker, {"type": "text", "text": question}]}
-        return {"images": [picture], "messages": [asked, {"role": "assistant", "content": "a"}]}
+        turns = [asked, {"role": "assistant", "content": "a"}]
+        index, number = question[:-1].split()
+        # The number of the picture lies in its top left corner, that of the question nowhere.
+        phrases = [Phrase(index, [(0, 0, 0.5, 0.5)], is_read=True), Phrase(number, [], is_read=False)]
+        return {"images": [picture], "messages": turns, "phrases": phrases}
 
 
 def open_composer(seed: int) -> Composer:

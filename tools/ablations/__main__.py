@@ -54,6 +54,8 @@ VARIANTS = {
     "blind": Variant("blind: every picture is grey", data="tools.ablations.blind"),
     "five_styles": Variant("five training styles instead of eleven", data="tools.ablations.five_styles"),
     "not_redrawn": Variant("drawings are not changed", data="tools.ablations.not_redrawn"),
+    "no_scenes": Variant("no scenes", data="tools.ablations.no_scenes"),
+    "not_grounded": Variant("without the grounding loss", options={"grounding_loss": 0.0}),
     "not_aligned": Variant("without the alignment", aligned=False),
     "tokens_16": Variant("16 image tokens instead of 64", {"pixel_shuffle_factor": 2}),
     "linear": Variant("projector: one matrix", {"projector_type": "linear"}),

@@ -1,14 +1,21 @@
 """Compose training pictures of the demo's things alone, for `--data compose:tools.emoji.demo_composer`."""
 
-from tools.emoji.composer import DATA, Composer
+from tools.emoji.composer import DATA, Composed, Composer
 from tools.emoji.concepts import DEMO
 from tools.emoji.drawings import Drawings, load_concept_table
 
+ABOUT_SCENES = ("choice", "exists")  # more would take time that the demo does not have
+
 
 class DemoComposer(Composer):
-    """Compose pictures of one thing each; questions about scenes would take time that the demo does not have."""
+    """Compose pictures of one thing, with all questions, and scenes, with those that compare names with a picture."""
 
-    singles = (1.0,)
+    singles = (0.6,)
+
+    def scene(self, rng, index: int, style: str, redrawn: bool = False) -> Composed:
+        """Return what `Composer.scene` returns, with the questions of `ABOUT_SCENES` alone."""
+        found = super().scene(rng, index, style, redrawn)
+        return found._replace(rows=[row for row in found.rows if row.task in ABOUT_SCENES])
 
     @classmethod
     def open(cls, seed: int) -> "DemoComposer":
