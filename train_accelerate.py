@@ -42,7 +42,7 @@ from minivlm.model.lora import add_lora
 from minivlm.model.parts import check_gradients, freeze
 from minivlm.training.checkpoints import STOPPED, StopSignal, check_disk, resume, save_checkpoint
 from minivlm.training.device import SHARDED, compile_blocks, largest_micro_batch, make_accelerator
-from minivlm.training.grounding import check_decoder
+from minivlm.training.grounding import check_grounding
 from minivlm.training.losses import SUMS, compute_loss
 from minivlm.training.optimizers import WeightAverage, build_optimizers, schedule, set_learning_rates
 from minivlm.training.options import TrainArgs, parse_args
@@ -167,7 +167,7 @@ def prepare_model(model: torch.nn.Module, args: TrainArgs, accelerator: Accelera
     if adapter is None:
         freeze(model, args.train)
     if args.grounding_loss:
-        check_decoder(model.model.language_model)
+        check_grounding(model)
     check_disk(model, args.output_dir)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -15,7 +15,7 @@ from minivlm.data.collators import PaddingCollator
 from minivlm.data.composed import ComposedRows
 from minivlm.data.encoder import IGNORE
 from minivlm.data.phrases import Phrase, cover
-from minivlm.training.grounding import READ, SEARCH, attention_of_first_head, check_decoder, grounding_loss
+from minivlm.training.grounding import READ, SEARCH, attention_of_first_head, check_grounding, grounding_loss
 from tools.emoji.composer import Composer
 
 NAME = "compose:helpers.composer"
@@ -101,6 +101,12 @@ def test_a_phrase_that_the_question_lacks_is_an_error():
     sample = COMPOSER.compose(1, 0)[0] | {"phrases": [Phrase("zebra", [], True)]}
     with pytest.raises(ValueError, match="'zebra' does not stand in the question"):
         ENCODER(sample)
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "a zebra?"}]},
+        {"role": "assistant", "content": "no"},
+    ]
+    with pytest.raises(ValueError, match="one question and one answer"):
+        ENCODER(sample | {"messages": sample["messages"] + turns})
 
 
 def test_the_attention_of_the_first_head_is_that_of_the_model():
@@ -110,7 +116,7 @@ def test_the_attention_of_the_first_head_is_that_of_the_model():
     row, token = batch["grounding"][:, 0], batch["grounding"][:, 1]
     for number in (4 // SEARCH, 4 // READ):
         found = attention_of_first_head(model.model.language_model, number, outputs.hidden_states, batch, row, token)
-        torch.testing.assert_close(found, outputs.attentions[number][row, 0, token])
+        torch.testing.assert_close(found.exp(), outputs.attentions[number][row, 0, token])
 
 
 def test_questions_that_share_a_picture_have_the_loss_that_they_have_alone():
@@ -171,12 +177,15 @@ def test_a_run_reports_the_loss_and_leaves_it_out_unless_asked(tmp_path):
     assert losses(tmp_path / "with")[3] != losses(tmp_path / "without")[3]
 
 
-def test_what_cannot_be_grounded_is_refused(capsys):
+def test_what_cannot_be_grounded_is_refused(capsys, monkeypatch):
     with pytest.raises(ValueError, match="of type minivlm_text with 1"):
-        check_decoder(make_decoder(blocks=1).model.language_model)
-    llama = TEXT | {"model_type": "llama"}
+        check_grounding(make_decoder(blocks=1))
     with pytest.raises(ValueError, match="of type llama"):
-        check_decoder(make_model(make_config(text=llama)).model.language_model)
+        check_grounding(make_model(make_config(text=TEXT | {"model_type": "llama"})))
+    model = make_decoder()
+    monkeypatch.setattr(type(model.config), "image_seq_length", 6)
+    with pytest.raises(ValueError, match="a square grid of image tokens, not 6"):
+        check_grounding(model)
     with pytest.raises(SystemExit):
         run("data/dev.parquet", "unused", "--grounding_loss", "0.5")
     assert "--grounding_loss needs --data compose:MODULE" in capsys.readouterr().err

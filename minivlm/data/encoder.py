@@ -179,10 +179,19 @@ class Encoder:
         text = self.tokenizer.apply_chat_template(turns, tokenize=False)
         return text[text.rindex("QUESTION") + len("QUESTION") : text.rindex("ANSWER")]
 
-    def ground(self, sample: dict, labels: list[int]) -> torch.Tensor:
-        """Return `locate` for the phrases of a sample of one question about one picture."""
+    def ground(self, sample: dict, labels: list[int]) -> torch.Tensor | None:
+        """Return `locate` for the phrases of a sample; None without phrases, or if the image tokens form no square.
+
+        Raises:
+            ValueError: a sample with phrases has several answers, or a phrase does not stand in its question.
+        """
+        side = math.isqrt(self.processor.image_seq_length)
+        if not sample.get("phrases") or side**2 != self.processor.image_seq_length:
+            return None
+        if [message["role"] for message in sample["messages"]].count("assistant") > 1:
+            raise ValueError("A sample with phrases must have one question and one answer.")
         first = next(i for i, label in enumerate(labels) if label != IGNORE)
-        side, question = math.isqrt(self.processor.image_seq_length), sample["messages"][-2]["content"][-1]["text"]
+        question = sample["messages"][-2]["content"][-1]["text"]
         return locate(sample["phrases"], question, self.header, self.tokenizer, first, side)
 
     def _last_fitting(self, messages: list[dict]) -> int:
@@ -230,7 +239,7 @@ class Encoder:
             "labels": torch.tensor(labels),
             "pixel_values": pixels,
             "notes": notes,
-            "grounding": self.ground(sample, labels) if sample.get("phrases") else None,
+            "grounding": self.ground(sample, labels),
         }
 
 

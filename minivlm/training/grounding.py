@@ -10,6 +10,8 @@ Supervised attention is as old as attention in translation (arXiv 1609.04186) an
 (arXiv 1709.06308).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -17,21 +19,24 @@ from minivlm.data.phrases import PLACES
 from modeling_minivlm import rotate
 
 SEARCH, READ = 4, 2  # one head of block number (blocks // SEARCH) searches the picture, one of (blocks // READ) reads
-LEAST = 1e-4  # attention below this gives no gradient, which bounds the loss of one phrase
 
 
-def check_decoder(decoder: torch.nn.Module) -> None:
-    """Raise ValueError for a decoder whose attention is not ours, or that has one block only."""
-    kind, blocks = decoder.config.model_type, decoder.config.num_hidden_layers
-    if kind != "minivlm_text" or blocks < 2:
+def check_grounding(model) -> None:
+    """Raise ValueError for a model that `grounding_loss` cannot teach."""
+    config, tokens = model.config.text_config, model.config.image_seq_length
+    if config.model_type != "minivlm_text" or config.num_hidden_layers < 2:
         raise ValueError(
-            f"--grounding_loss needs a decoder of type minivlm_text with two blocks or more. This one is of type "
-            f"{kind} with {blocks}. Leave the option out."
+            "--grounding_loss needs a decoder of type minivlm_text with two blocks or more. This one is of type "
+            f"{config.model_type} with {config.num_hidden_layers}. Leave the option out."
+        )
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(
+            f"--grounding_loss needs a square grid of image tokens, not {tokens} of them. Leave the option out."
         )
 
 
 def attention_of_first_head(decoder, number: int, hidden_states, tensors, row, token) -> torch.Tensor:
-    """Return what the first head of block `number` attends to from some tokens, (n, T), in fp32.
+    """Return the logarithm of what the first head of block `number` attends to from some tokens, (n, T), in fp32.
 
     Computed again from the block's input, so it does not matter which attention function the model uses.
 
@@ -56,7 +61,7 @@ def attention_of_first_head(decoder, number: int, hidden_states, tensors, row, t
     else:
         later = torch.arange(scores.shape[1], device=scores.device) > token[:, None]
         scores = scores.masked_fill(later, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1)
+    return scores.log_softmax(-1)
 
 
 def grounding_loss(model, hidden_states: tuple[torch.Tensor, ...], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -69,15 +74,14 @@ def grounding_loss(model, hidden_states: tuple[torch.Tensor, ...], tensors: dict
     """
     decoder = model.model.language_model
     row, phrase, start = tensors["grounding"][:, :PLACES].unbind(1)
-    covered = tensors["grounding"][:, PLACES:]  # (n, I)
+    covered = tensors["grounding"][:, PLACES:].bool()  # (n, I)
     seen = attention_of_first_head(decoder, len(decoder.layers) // SEARCH, hidden_states, tensors, row, phrase)
     is_image = tensors["input_ids"][row] == model.config.image_token_id  # (n, T)
-    at_picture = seen[is_image].view_as(covered)
-    right = torch.where(covered.any(1), (at_picture * covered).sum(1), 1 - at_picture.sum(1))
-    loss = -right.clamp(min=LEAST).log().sum()
+    is_right = torch.where(covered.any(1)[:, None], False, ~is_image).masked_scatter(is_image, covered)
+    loss = -seen.masked_fill(~is_right, -math.inf).logsumexp(1).sum()
     is_read = start > 0
     if is_read.any():
         row, phrase, start = row[is_read], phrase[is_read], start[is_read]
         read = attention_of_first_head(decoder, len(decoder.layers) // READ, hidden_states, tensors, row, start)
-        loss = loss - read.gather(1, phrase[:, None]).clamp(min=LEAST).log().sum()
+        loss = loss - read.gather(1, phrase[:, None]).sum()
     return loss
