@@ -119,6 +119,21 @@ def test_the_attention_of_the_first_head_is_that_of_the_model():
         torch.testing.assert_close(found.exp(), outputs.attentions[number][row, 0, token])
 
 
+def test_the_loss_is_that_of_attention_on_the_named_place_and_on_the_name():
+    model, batch = make_decoder(), make_batch(composed(5))
+    model.set_attn_implementation("eager")
+    outputs, expected = look(model, batch, output_attentions=True), 0.0
+    image = model.config.image_token_id
+    for row, phrase, start, *covered in batch["grounding"].tolist():
+        searched = outputs.attentions[4 // SEARCH][row, 0, phrase]
+        at_picture = searched[batch["input_ids"][row] == image]
+        right = at_picture[torch.tensor(covered).bool()].sum() if any(covered) else 1 - at_picture.sum()
+        expected -= right.log()
+        if start:
+            expected -= outputs.attentions[4 // READ][row, 0, start, phrase].log()
+    torch.testing.assert_close(grounding_loss(model, outputs.hidden_states, batch), expected, rtol=1e-4, atol=1e-3)
+
+
 def test_questions_that_share_a_picture_have_the_loss_that_they_have_alone():
     model, rows = make_decoder(), ComposedRows(COMPOSER, ENCODER, 8, "emoji")
     together = loss_of(model, [rows[1, (index,)] for index in range(4)])
