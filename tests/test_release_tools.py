@@ -264,6 +264,8 @@ def test_docs_are_written_from_the_answers_and_hold_no_other_model(checkout, tmp
     assert {path.name for path in output.iterdir()} == sheets | others
     page = (output / "results.md").read_text()
     assert all(f"]({name})" in page for name in (sheets | others) - {"results.md"})
+    record = json.loads((checkout / "runs/x/run.json").read_text())
+    assert f"| optimizer steps | {record['steps']} |" in page and f"| {record['seconds'] / 60:,.1f} min |" in page
     for path in output.glob("*.png"):
         with Image.open(path) as picture:
             assert picture.convert("L").getextrema()[0] < 128, f"{path.name} is empty"

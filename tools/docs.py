@@ -8,6 +8,7 @@ weights, is measured first. The model is runs/X/release if it is there, else run
 most 3 MB. Drawing needs matplotlib (pip install matplotlib).
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tools.release import model_folder
 from tools.report import plots
 from tools.report.answers import add_categories, attention_of, contact_sheets, read_rows
 from tools.report.measure import FILES, measure, merge, read
-from tools.report.tables import full_page
+from tools.report.tables import cost, full_page
 
 MOST = 3 * 10**6  # bytes of all files
 PLOTS = {  # file -> how it is drawn, and its title on the page
@@ -69,7 +70,10 @@ def write(run: Path, root: Path, output: Path, limit: int | None) -> list[Path]:
         old.unlink(missing_ok=True)  # of another model, whose tasks may have been others
     drawn = draw(run, model_path, root, output, names)
     pictures = "\n\n".join(f"### {title}\n\n![{title}]({name})" for name, title in drawn.items())
-    put(output / "results.md", f"{full_page(merge(records))}\n## Pictures\n\n{pictures}\n".encode())
+    record = run / "run.json"
+    parts = [cost(json.loads(record.read_text(encoding="utf-8")))] if record.is_file() else []
+    page = "\n\n".join([full_page(merge(records)).rstrip(), *parts, "## Pictures", pictures])
+    put(output / "results.md", f"{page}\n".encode())
     paths = [output / "results.md", *(output / name for name in drawn)]
     total = sum(path.stat().st_size for path in paths)
     if total > MOST:

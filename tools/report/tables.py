@@ -95,3 +95,19 @@ def table(metrics: dict) -> str:
         name = task or "overall, without captions"
         lines.append(f"| {name} | {language} | {title.lower()} | {c['match']:.1%} | {interval} | {counts} |")
     return "\n".join(lines)
+
+
+def cost(record: dict) -> str:
+    """Return the section that says what a training run took, by its run.json."""
+    options, seconds = record["options"], max(record["seconds"], 1e-3)
+    start = f"from the model {options['model']}" if options.get("model") else "from new weights"
+    lines = [
+        f"| started | {start}, commit {record['commit'] or 'not known'} |",
+        f"| time | {seconds / 60:,.1f} min |",
+        f"| optimizer steps | {record['steps']:,} |",
+        f"| questions | {record['rows']:,} ({record['rows'] / seconds:,.1f} per second) |",
+        f"| tokens, with padding | {record['tokens']:,} ({record['tokens'] / seconds:,.0f} per second) |",
+        f"| device | {record['device']}, {record['processes']} process(es), {record['precision']} |",
+        "| energy | not measured |",
+    ]
+    return "\n".join(["## What the run took", "", "| | |", "|---|---|", *lines])
