@@ -35,7 +35,7 @@ class Page:
         self.assistant, self.namer, self.title = assistant, namer, f"# MiniVLM · {name}"
         self.max_new_tokens = max_new_tokens
         with gr.Blocks(title="MiniVLM", analytics_enabled=False, delete_cache=(3600, KEPT)) as self.blocks:
-            self.talk = gr.State(Talk, time_to_live=KEPT, delete_callback=Talk.stop)
+            self.talk = gr.State(Talk(), time_to_live=KEPT, delete_callback=Talk.stop)
             self.draw(examples)
             self.connect()
         self.blocks.queue(max_size=QUEUE, default_concurrency_limit=ANSWERS_AT_ONCE, api_open=False)
