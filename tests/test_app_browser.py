@@ -41,7 +41,7 @@ def serving(model, folder):
     command = [sys.executable, str(ROOT / "app.py"), str(model), "--device", "cpu"]
     server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     try:
-        for _ in range(10 * PATIENCE):
+        for _ in range(20 * PATIENCE):
             text = (folder / "log").read_text()
             if found := re.search(r"answers at (http\S+)", text):
                 break
@@ -112,9 +112,7 @@ def send(page, question, *files):
     """Give pictures and put a question."""
     if files:
         page.set_input_files("#box input[type=file]", [str(file) for file in files])
-        page.wait_for_function(
-            f"document.querySelectorAll('#box .thumbnails img, #box .thumbnail-item').length >= {len(files)}"
-        )
+        page.wait_for_function(f"document.querySelectorAll('#box .thumbnail-item').length == {len(files)}")
     page.fill("#box textarea", question)
     page.press("#box textarea", "Enter")
 

@@ -20,19 +20,20 @@ QUEUE = 16  # users that may wait; the next one is told that the queue is full
 UPLOAD = "20mb"  # of a file
 KEPT = 24 * 3600  # seconds after which an uploaded picture is deleted
 SYSTEM_FONTS = ["system-ui", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "sans-serif"]
-CSS = "footer {display: none} #notice {color: var(--error-text-color)}"
+# The chat's pictures have a button that shares them on the Hub; what a user gives stays here.
+CSS = "footer, #chat [aria-label=Share] {display: none} #notice {color: var(--error-text-color)}"
 
 
 class Page:
     """Hold the model and build the page around it; `blocks` is what gradio runs.
 
     Args:
-        name: of the model, for the title.
+        name: title of the page.
         examples: folder with the pictures of `EXAMPLES`; None shows no examples.
     """
 
     def __init__(self, assistant: Assistant, namer: Namer, name: str, examples: Path | None, max_new_tokens: int):
-        self.assistant, self.namer, self.title = assistant, namer, f"# MiniVLM · {name}"
+        self.assistant, self.namer, self.title = assistant, namer, f"# {name}"
         self.max_new_tokens = max_new_tokens
         with gr.Blocks(title="MiniVLM", analytics_enabled=False, delete_cache=(3600, KEPT)) as self.blocks:
             self.talk = gr.State(Talk(), time_to_live=KEPT, delete_callback=Talk.stop)
@@ -94,7 +95,8 @@ class Page:
         named = answered.then(self.name, state, self.names, concurrency_id="model", **slow)
         self.stop.click(self.end, self.talk, None, **quick)
         cleared = [self.talk, self.box, self.chat, self.notice, self.names]
-        self.reset.click(self.forget, self.talk, cleared, cancels=[answered, named], **quick)
+        again = [self.reset.click, self.chat.clear]  # the chat has a small button of its own
+        gr.on(again, self.forget, self.talk, cleared, cancels=[answered, named], **quick)
 
     def worded(self) -> list[gr.components.Component]:
         """Return what has words in the language of the page, in the order of `say`."""
@@ -167,7 +169,7 @@ def serve(page: Page, host: str, port: int | None) -> None:
     _, url, _ = page.blocks.launch(
         server_name=host, server_port=port, share=False, allowed_paths=[], max_file_size=UPLOAD, ssr_mode=False,
         enable_monitoring=False, footer_links=[], quiet=True, prevent_thread_lock=True, css=CSS,
-        theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=["monospace"]),
+        theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=SYSTEM_FONTS),
     )  # fmt: skip
     print(f"MiniVLM answers at {url} - Ctrl-C ends it.", flush=True)
     page.blocks.block_thread()

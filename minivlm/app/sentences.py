@@ -4,9 +4,10 @@ LANGUAGES = {"English": "en", "中文": "zh"}  # as the page shows them -> keys 
 NAME_QUESTION = {"en": "What is this? Answer with the name.", "zh": "这是什么？只回答名称。"}
 SENTENCES = {
     "en": {
-        "intro": "Give one or more pictures and ask a question. Later questions know the earlier ones.",
+        "intro": "Give one or more pictures and ask a question. Without a question, the model names what it sees. "
+        "Later questions know the earlier ones.",
         "chat": "Conversation",
-        "box": "Ask about your pictures. Without words, the model names what it sees.",
+        "box": "Ask about the pictures.",
         "stop": "Stop",
         "reset": "New conversation",
         "names": "Likeliest names of the newest picture",
@@ -19,9 +20,9 @@ SENTENCES = {
         "error": "This did not work: {}",
     },
     "zh": {
-        "intro": "给出一张或多张图片，然后提问。后面的问题知道前面的对话。",
+        "intro": "给出一张或多张图片，然后提问。不写问题时，模型说出它看到的东西的名称。后面的问题知道前面的对话。",
         "chat": "对话",
-        "box": "就图片提问。不写文字时，模型说出它看到的东西的名称。",
+        "box": "就图片提问。",
         "stop": "停止",
         "reset": "新对话",
         "names": "最新图片最可能的名称",

@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     if find_spec("gradio") is None:  # before the model: it loads longer
         raise ValueError("minivlm app needs the package gradio. Install it: pip install minivlm[app]")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
+    title = f"MiniVLM · {Path(args.model).name}" if args.model else "MiniVLM"
     args.model = args.model or default_model()
     assistant = load_assistant(args)
     namer = Namer(assistant, read_names(beside(args.model, TABLE)))
     from minivlm.app.page import Page, serve
 
-    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
-    page = Page(assistant, namer, name, find_examples(args.model), args.max_new_tokens)
+    page = Page(assistant, namer, title, find_examples(args.model), args.max_new_tokens)
     serve(page, args.host, args.port)
