@@ -168,8 +168,8 @@ def serve(page: Page, host: str, port: int | None) -> None:
     """
     _, url, _ = page.blocks.launch(
         server_name=host, server_port=port, share=False, allowed_paths=[], max_file_size=UPLOAD, ssr_mode=False,
-        enable_monitoring=False, run_history=False, mcp_server=False, footer_links=[], quiet=True, prevent_thread_lock=True, css=CSS,
-        theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=SYSTEM_FONTS),
+        enable_monitoring=False, run_history=False, mcp_server=False, footer_links=[], quiet=True,
+        prevent_thread_lock=True, css=CSS, theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=SYSTEM_FONTS),
     )  # fmt: skip
     print(f"MiniVLM answers at {url} - Ctrl-C ends it.", flush=True)
     page.blocks.block_thread()
