@@ -20,8 +20,8 @@ QUEUE = 16  # users that may wait; the next one is told that the queue is full
 UPLOAD = "20mb"  # of a file
 KEPT = 24 * 3600  # seconds after which an uploaded picture is deleted
 SYSTEM_FONTS = ["system-ui", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "sans-serif"]
-# The chat's pictures have a button that shares them on the Hub; what a user gives stays here.
-CSS = "footer, #chat [aria-label=Share] {display: none} #notice {color: var(--error-text-color)}"
+# Below the chat's pictures is a button that shares them on the Hub; what a user gives stays here.
+CSS = "footer, #chat .message-buttons {display: none !important} #notice {color: var(--error-text-color)}"
 
 
 class Page:
