@@ -188,8 +188,9 @@ def test_a_wrong_file_is_one_line_and_the_page_goes_on(url, visit, tmp_path):
 @browser_test
 def test_an_answer_streams_and_stop_ends_it(endless_url, visit):
     page = visit(endless_url)
-    page.fill("#length input[type=number]", "400")
-    page.press("#length input[type=number]", "Tab")
+    for slider, value in (("length", "400"), ("temperature", "2")):  # the likeliest answer ends in end tokens, unseen
+        page.fill(f"#{slider} input[type=number]", value)
+        page.press(f"#{slider} input[type=number]", "Tab")
     send(page, "What is this?", PIG)
     seen = []
     wait(lambda: seen.extend(said(page)) or len(set(seen)) >= 4)
