@@ -75,6 +75,16 @@ def test_stop_ends_the_computing_and_keeps_what_is_there(assistant):
     assert reply(talk, assistant, [], "And?")
 
 
+def test_a_forgotten_talk_shows_nothing_of_an_answer_that_just_ends(assistant, pictures):
+    talk = Talk()
+    talk.ask(pictures[:1], "What?")
+    answer = talk.answer(assistant, Decoding(400))
+    next(answer)
+    talk.forget()
+    assert all(talk.shown(text) == [] for text in answer)
+    assert talk.shown() == [] and talk.newest_picture() is None and talk.stream is None
+
+
 def test_stop_in_the_queue_starts_nothing(assistant, monkeypatch):
     talk = Talk()
     talk.ask([], "What?")

@@ -156,7 +156,7 @@ class Page:
 
     def forget(self, talk: Talk) -> tuple:
         """Stop the answer and begin a new conversation."""
-        talk.stop()
+        talk.forget()
         return Talk(), None, [], "", None
 
 

@@ -17,7 +17,7 @@ class Talk:
         self.messages: list[dict] = []
         self.waiting: dict | None = None  # the question that `answer` takes
         self.stream: AnswerStream | None = None  # while an answer is computed
-        self.stopped = False
+        self.stopped = self.forgotten = False
 
     def ask(self, pictures: list[Path], question: str) -> None:
         """Put a question; `answer` computes the answer."""
@@ -56,8 +56,15 @@ class Talk:
         if stream is not None:
             stream.stop()
 
+    def forget(self) -> None:
+        """Stop, and show nothing any more: what an answer that just ends still sends must not come back."""
+        self.forgotten = True
+        self.stop()
+
     def shown(self, text: str | None = None) -> list[dict]:
         """Return the conversation as gradio's chat shows it; `text` is the answer to the question that waits."""
+        if self.forgotten:
+            return []
         messages = [*self.messages, *([self.waiting] if self.waiting else [])]
         rows = [
             {"role": m["role"], "content": {"path": str(part["image"])} if part["type"] == "image" else part["text"]}
@@ -69,4 +76,4 @@ class Talk:
     def newest_picture(self) -> Path | None:
         """Return the last picture of the conversation; None if there is none."""
         parts = [part for message in self.messages for part in message["content"] if part["type"] == "image"]
-        return parts[-1]["image"] if parts else None
+        return parts[-1]["image"] if parts and not self.forgotten else None
