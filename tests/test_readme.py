@@ -37,8 +37,12 @@ SHOWN = ("python -m minivlm ask ", "python -m minivlm\n")  # beginnings of comma
 BLOCK = re.compile(r"```(\w*)\n(.*?)```\n?", re.S)
 # Options in the documents that are not options of training: of pip, pytest, and of other commands.
 OTHER_OPTIONS = {"--check", "--debug", "--verify", "--out", "--help", "--minutes", "--repo_id", "--config_file"}
-OTHER_OPTIONS |= {"--json", "--format"}
-OTHER_OPTIONS |= {"--from_scratch", "--no"}  # how the pattern below reads pip's --no-deps
+OTHER_OPTIONS |= {"--json", "--format", "--host"}
+OTHER_OPTIONS |= {
+    "--from_scratch",
+    "--no",
+    "--extra",
+}  # how the pattern below reads pip's --no-deps and --extra-index-url
 
 
 def read(document: str) -> str:

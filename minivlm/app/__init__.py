@@ -1,0 +1,1 @@
+"""Show a page in the browser that answers questions about pictures; only `page.py` needs gradio."""
