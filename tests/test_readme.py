@@ -38,11 +38,9 @@ BLOCK = re.compile(r"```(\w*)\n(.*?)```\n?", re.S)
 # Options in the documents that are not options of training: of pip, pytest, and of other commands.
 OTHER_OPTIONS = {"--check", "--debug", "--verify", "--out", "--help", "--minutes", "--repo_id", "--config_file"}
 OTHER_OPTIONS |= {"--json", "--format", "--host"}
-OTHER_OPTIONS |= {
-    "--from_scratch",
-    "--no",
-    "--extra",
-}  # how the pattern below reads pip's --no-deps and --extra-index-url
+OTHER_OPTIONS |= {"--model_args", "--include_path", "--tasks", "--apply_chat_template", "--device"}  # of lm-eval
+# How the pattern below reads pip's --no-deps and --extra-index-url.
+OTHER_OPTIONS |= {"--from_scratch", "--no", "--extra"}
 
 
 def read(document: str) -> str:
@@ -126,8 +124,11 @@ def test_commands_run(checkout):
 
 
 def offline_blocks(document: str) -> list[str]:
-    """Return the blocks of commands that need no download, nor what a block with a download leaves."""
-    needs = ("pip download", "dinov2_minimind_3v")
+    """Return the blocks of commands that need no download, nor what a block with a download leaves.
+
+    test_libraries.py runs that of lm-eval.
+    """
+    needs = ("pip download", "dinov2_minimind_3v", "lm_eval")
     return [block for block in blocks(document, "bash") if not any(word in block for word in needs)]
 
 
