@@ -76,7 +76,7 @@ def test_a_phrase_is_found_at_its_last_token_and_read_where_its_answer_begins():
             encoded = ENCODER(sample)
             ids, first = encoded["input_ids"], (encoded["labels"] != IGNORE).nonzero()[0, 0]
             answer = sample["messages"][1]["content"][0]["text"]
-            found = [] if encoded["grounding"] is None else encoded["grounding"]
+            found = encoded.get("grounding", [])
             assert len(found) == len(sample["phrases"])
             for (last, reader, *_), (text, _, is_read) in zip(found, sample["phrases"]):
                 before = ids[max(0, last - 15) : last + 1]

@@ -216,8 +216,8 @@ class Encoder:
 
         Returns:
             `input_ids` and `labels` (T,); `pixel_values` (N, 3, H, W) of the sample's N pictures, empty without any,
-            or their features (N, 1, P, V) after `with_features`; `notes`, a line if turns were cut; `grounding`
-            (n, 2 + I) of the sample's n phrases as `locate` gives it, None without phrases.
+            or their features (N, 1, P, V) after `with_features`; `notes`, a line if turns were cut; with
+            phrases also `grounding`, which `locate` describes.
 
         Raises:
             BadRow: as for `tokenize`, or a picture cannot be read.
@@ -234,12 +234,13 @@ class Encoder:
         else:
             decoded = [decode_image(image) for image in images]
             pixels = self.pixels(decoded if change is None else [change(image) for image in decoded])
+        grounding = self.ground(sample, labels)
         return {
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
             "pixel_values": pixels,
             "notes": notes,
-            "grounding": self.ground(sample, labels),
+            **({} if grounding is None else {"grounding": grounding}),
         }
 
 
