@@ -42,7 +42,9 @@ class Decoding:
         """Return the arguments of `generate`."""
         if not self.temperature:
             return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        # Whole numbers too, as a slider gives them; `generate` takes floats only.
+        chances = {"temperature": float(self.temperature), "top_p": float(self.top_p)}
+        sampling = {"do_sample": True, **chances, "top_k": 0}
         return {"max_new_tokens": self.max_new_tokens, **sampling}
 
 

@@ -50,6 +50,15 @@ def test_an_answer_grows_and_the_next_question_knows_it(assistant, pictures):
     assert talk.newest_picture() == pictures[1]
 
 
+def begin(assistant, shown=()):
+    """Ask, and take the first piece of a long answer; return the talk and the rest of the answer."""
+    talk = Talk()
+    talk.ask(list(shown), "What?")
+    answer = talk.answer(assistant, Decoding(400))
+    next(answer)
+    return talk, answer
+
+
 def test_two_users_do_not_mix(assistant, pictures):
     alone = [reply(Talk(), assistant, [picture], "What?") for picture in pictures]
     first = Talk()
@@ -63,10 +72,7 @@ def test_two_users_do_not_mix(assistant, pictures):
 
 
 def test_stop_ends_the_computing_and_keeps_what_is_there(assistant):
-    talk = Talk()
-    talk.ask([], "What?")
-    answer = talk.answer(assistant, Decoding(400))
-    next(answer)
+    talk, answer = begin(assistant)
     stream = talk.stream
     talk.stop()
     assert not stream.thread.is_alive() and stream.tokens < 400
@@ -76,10 +82,7 @@ def test_stop_ends_the_computing_and_keeps_what_is_there(assistant):
 
 
 def test_a_forgotten_talk_shows_nothing_of_an_answer_that_just_ends(assistant, pictures):
-    talk = Talk()
-    talk.ask(pictures[:1], "What?")
-    answer = talk.answer(assistant, Decoding(400))
-    next(answer)
+    talk, answer = begin(assistant, pictures[:1])
     talk.forget()
     assert all(talk.shown(text) == [] for text in answer)
     assert talk.shown() == [] and talk.newest_picture() is None and talk.stream is None
@@ -95,10 +98,7 @@ def test_stop_in_the_queue_starts_nothing(assistant, monkeypatch):
 
 
 def test_an_answer_that_nobody_reads_is_stopped(assistant):
-    talk = Talk()
-    talk.ask([], "What?")
-    answer = talk.answer(assistant, Decoding(400))
-    next(answer)
+    talk, answer = begin(assistant)
     stream = talk.stream
     answer.close()  # as when a browser is closed
     assert not stream.thread.is_alive() and stream.tokens < 400 and talk.stream is None

@@ -155,6 +155,11 @@ def test_what_is_longer_than_the_model_reads_is_refused():
         assistant.batch([encoded], Decoding(max_new_tokens=room + 1))
 
 
+def test_whole_numbers_say_how_to_draw_as_well(assistant):
+    encoded = assistant.encode([question_about([], "What?")])
+    assert assistant.answer([encoded], Decoding(4, temperature=2, top_p=1))[0].tokens > 0
+
+
 def test_answers_are_drawn_from_the_seed(chats):
     assistant = make_assistant()
     encoded = [assistant.encode(chats[0])] * 8

@@ -139,7 +139,7 @@ class Page:
     def answer(self, talk: Talk, language: str, temperature: float, length: int) -> Iterator[tuple]:
         """Yield chat and notice while the answer grows; a mistake is a line, and the question leaves the chat."""
         try:
-            for text in talk.answer(self.assistant, Decoding(int(length), float(temperature))):
+            for text in talk.answer(self.assistant, Decoding(int(length), temperature)):
                 yield talk.shown(text), ""
             yield talk.shown(), ""
         except (ValueError, OSError) as error:
