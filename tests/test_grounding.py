@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 from helpers.data import ENCODER
 from helpers.emoji import CONCEPTS, make_drawings
 from helpers.models import TEXT, make_config, make_model
-from helpers.training import losses, run
+from helpers.training import CONFIG, losses, run
 from minivlm.data.collators import PaddingCollator
 from minivlm.data.composed import ComposedRows
 from minivlm.data.encoder import IGNORE
-from minivlm.data.phrases import Phrase, cover
-from minivlm.training.grounding import READ, SEARCH, attention_of_first_head, check_grounding, grounding_loss
+from minivlm.data.phrases import ANSWER, Phrase, cover
+from minivlm.training.grounding import attention_of_first_head, check_grounding, grounding_loss, taught_blocks
 from tools.emoji.composer import Composer
 
 NAME = "compose:helpers.composer"
+DEEP = ["--model_config", CONFIG.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')]
 COMPOSER = Composer(make_drawings(), CONCEPTS, set(), seed=0)
 SIDE = int(ENCODER.processor.image_seq_length**0.5)
 shares = st.floats(0, 1)
@@ -79,13 +80,17 @@ def test_a_phrase_is_found_at_its_last_token_and_read_where_its_answer_begins():
             found = encoded.get("grounding", [])
             assert len(found) == len(sample["phrases"])
             for (last, reader, *_), (text, _, is_read) in zip(found, sample["phrases"]):
+                if text is None:
+                    assert (last, reader) == (first - 1, ANSWER)
+                    continue
                 before = ids[max(0, last - 15) : last + 1]
                 assert text in decode(before) and text not in decode(before[:-1])
                 assert (reader == first - 1) if is_read else (reader == 0)
             read = [text for text, _, is_read in sample["phrases"] if is_read]
-            assert len(read) == min(1, len(found)) and (len(found) < 2 or read == [answer])
-            tasks.add(len(found))
-    assert tasks == {0, 1, 4}
+            names = [text for text, _, _ in sample["phrases"] if text is not None]
+            assert len(read) == min(1, len(names)) and (len(names) < 2 or read == [answer])
+            tasks.add((len(names), len(found)))
+    assert tasks == {(0, 0), (1, 1), (1, 2), (4, 4)}
 
 
 def test_what_a_phrase_covers_is_where_the_picture_shows_it():
@@ -114,7 +119,7 @@ def test_the_attention_of_the_first_head_is_that_of_the_model():
     model.set_attn_implementation("eager")
     outputs = look(model, batch, output_attentions=True)
     row, token = batch["grounding"][:, 0], batch["grounding"][:, 1]
-    for number in (4 // SEARCH, 4 // READ):
+    for number in taught_blocks(4):
         found = attention_of_first_head(model.model.language_model, number, outputs.hidden_states, batch, row, token)
         torch.testing.assert_close(found.exp(), outputs.attentions[number][row, 0, token])
 
@@ -123,14 +128,15 @@ def test_the_loss_is_that_of_attention_on_the_named_place_and_on_the_name():
     model, batch = make_decoder(), make_batch(composed(5))
     model.set_attn_implementation("eager")
     outputs, expected = look(model, batch, output_attentions=True), 0.0
-    image = model.config.image_token_id
+    image, (search, read, answer) = model.config.image_token_id, taught_blocks(4)
+    assert {*batch["grounding"][:, 2].sign().tolist()} == {-1, 0, 1}
     for row, phrase, start, *covered in batch["grounding"].tolist():
-        searched = outputs.attentions[4 // SEARCH][row, 0, phrase]
+        searched = outputs.attentions[answer if start == ANSWER else search][row, 0, phrase]
         at_picture = searched[batch["input_ids"][row] == image]
         right = at_picture[torch.tensor(covered).bool()].sum() if any(covered) else 1 - at_picture.sum()
         expected -= right.log()
-        if start:
-            expected -= outputs.attentions[4 // READ][row, 0, start, phrase].log()
+        if start > 0:
+            expected -= outputs.attentions[read][row, 0, start, phrase].log()
     torch.testing.assert_close(grounding_loss(model, outputs.hidden_states, batch), expected, rtol=1e-4, atol=1e-3)
 
 
@@ -160,7 +166,7 @@ def test_attention_learns_where_to_look_and_blocks_behind_it_learn_nothing_from_
     first = loss_of(model, rows)
     first.backward()
     blocks = model.model.language_model.layers
-    assert blocks[4 // READ].self_attn.q_proj.weight.grad.any() and blocks[3].self_attn.q_proj.weight.grad is None
+    assert blocks[3].self_attn.q_proj.weight.grad.any() and blocks[3].self_attn.v_proj.weight.grad is None
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(40):
         optimizer.zero_grad()
@@ -172,7 +178,7 @@ def test_attention_learns_where_to_look_and_blocks_behind_it_learn_nothing_from_
 
 @pytest.mark.parametrize("option", ("--micro_batch_size", "--share_pictures"))
 def test_the_loss_does_not_depend_on_how_a_step_is_cut(tmp_path, option):
-    options = ["--grounding_loss", "0.5", "--max_steps", "3", "--batch_size", "4"]
+    options = [*DEEP, "--grounding_loss", "0.5", "--max_steps", "3", "--batch_size", "4"]
     cut = {"--micro_batch_size": ["4", "2"], "--share_pictures": ["3", "3"]}[option]
     for value, name in zip(cut, "ab"):
         options_of = {"--micro_batch_size": "4", "--share_pictures": "3"} | {option: value}
@@ -181,7 +187,7 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(tmp_path, option):
 
 
 def test_a_run_reports_the_loss_and_leaves_it_out_unless_asked(tmp_path):
-    options = ["--max_steps", "4", "--max_bad_rows", "1"]
+    options = [*DEEP, "--max_steps", "4", "--max_bad_rows", "1"]
     run(NAME, tmp_path / "with", *options, "--grounding_loss", "0.5")
     run(NAME, tmp_path / "without", *options)
     assert min(losses(tmp_path / "with", "grounding")) > 0
@@ -193,8 +199,8 @@ def test_a_run_reports_the_loss_and_leaves_it_out_unless_asked(tmp_path):
 
 
 def test_what_cannot_be_grounded_is_refused(capsys, monkeypatch):
-    with pytest.raises(ValueError, match="of type minivlm_text with 1"):
-        check_grounding(make_decoder(blocks=1))
+    with pytest.raises(ValueError, match="of type minivlm_text with 2"):
+        check_grounding(make_decoder(blocks=2))
     with pytest.raises(ValueError, match="of type llama"):
         check_grounding(make_model(make_config(text=TEXT | {"model_type": "llama"})))
     model = make_decoder()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 PLACES = 3  # columns of a batch before those of the image tokens: row, last token of the phrase, where it is read
+ANSWER = -1  # stands in the third column for a phrase without words
 TOKENS = {"add_special_tokens": False, "return_offsets_mapping": True}
 Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the picture
 
@@ -19,14 +20,15 @@ class Phrase(NamedTuple):
     """Describe words of a question.
 
     Args:
-        text: the words, as they stand in the question.
+        text: the words, as they stand in the question; None for the answer, which is not known before it is written:
+            its place is looked for where it begins.
         boxes: where the picture shows what they name; empty if it does not.
         is_read: whether the answer depends on them. Of the options of a choice only the right one is read.
     """
 
-    text: str
+    text: str | None
     boxes: list[Box]
-    is_read: bool
+    is_read: bool = False
 
 
 def cover(boxes: list[Box], side: int) -> torch.Tensor:
@@ -55,6 +57,7 @@ def locate(phrases: list[Phrase], question: str, header: str, tokenizer, first_a
 
     The first column is the position of the phrase's last token. The second is the position that predicts the first
     token of the answer, or 0 if the answer does not depend on the phrase. The others are `cover` of its boxes.
+    A phrase without words has the position that predicts the first token of the answer, and `ANSWER`.
 
     Args:
         header: what the chat template writes between a question and its answer.
@@ -67,9 +70,12 @@ def locate(phrases: list[Phrase], question: str, header: str, tokenizer, first_a
     begins = [begin for begin, _ in tokenizer(question + header, **TOKENS)["offset_mapping"]]
     start, found = first_answer - len(begins), []
     for text, boxes, is_read in phrases:
-        if (at := question.rfind(text)) < 0:
+        if text is None:
+            places = [first_answer - 1, ANSWER]
+        elif (at := question.rfind(text)) < 0:
             raise ValueError(f"The phrase {text!r} does not stand in the question {question!r}.")
-        last = start + bisect_left(begins, at + len(text)) - 1  # a rare character has several tokens
-        places = torch.tensor([last, first_answer - 1 if is_read else 0])
-        found.append(torch.cat([places, cover(boxes, side)]))
+        else:
+            last = start + bisect_left(begins, at + len(text)) - 1  # a rare character has several tokens
+            places = [last, first_answer - 1 if is_read else 0]
+        found.append(torch.cat([torch.tensor(places), cover(boxes, side)]))
     return torch.stack(found)

@@ -4,7 +4,8 @@ A question such as "Is this a cat?" has to be compared with the picture. The los
 does not lead a small decoder there: after 450 steps of the demo it still guesses. With this loss nine of ten answers
 are right. One head of one block learns to attend from the last token of a phrase to the image tokens that show what it
 names or, if the picture does not show it, to anything but the picture. One head of a later block learns to attend from
-where the answer begins to the phrase that it depends on. The model itself is not changed.
+where the answer begins to the phrase that it depends on, and one of a still later block from there to the place that
+the answer is about ("what is left of the cat?"). The model itself is not changed.
 
 Supervised attention is as old as attention in translation (arXiv 1609.04186) and in answers about pictures
 (arXiv 1709.06308).
@@ -15,18 +16,21 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minivlm.data.phrases import PLACES
+from minivlm.data.phrases import ANSWER, PLACES
 from modeling_minivlm import rotate
 
-SEARCH, READ = 4, 2  # one head of block number (blocks // SEARCH) searches the picture, one of (blocks // READ) reads
+
+def taught_blocks(blocks: int) -> tuple[int, int, int]:
+    """Return the blocks whose first head searches the picture, reads the phrase, and looks where the answer is."""
+    return blocks // 4, blocks // 2, 3 * blocks // 4
 
 
 def check_grounding(model) -> None:
     """Raise ValueError for a model that `grounding_loss` cannot teach."""
     config, tokens = model.config.text_config, model.config.image_seq_length
-    if config.model_type != "minivlm_text" or config.num_hidden_layers < 2:
+    if config.model_type != "minivlm_text" or config.num_hidden_layers < 3:
         raise ValueError(
-            "--grounding_loss needs a decoder of type minivlm_text with two blocks or more. This one is of type "
+            "--grounding_loss needs a decoder of type minivlm_text with three blocks or more. This one is of type "
             f"{config.model_type} with {config.num_hidden_layers}. Leave the option out."
         )
     if math.isqrt(tokens) ** 2 != tokens:
@@ -73,15 +77,20 @@ def grounding_loss(model, hidden_states: tuple[torch.Tensor, ...], tensors: dict
         tensors: the batch; its `grounding` (n, 3 + I) is described in `PaddingCollator`.
     """
     decoder = model.model.language_model
-    row, phrase, start = tensors["grounding"][:, :PLACES].unbind(1)
+    search, read, look = taught_blocks(len(decoder.layers))
+    row, token, start = tensors["grounding"][:, :PLACES].unbind(1)
     covered = tensors["grounding"][:, PLACES:].bool()  # (n, I)
-    seen = attention_of_first_head(decoder, len(decoder.layers) // SEARCH, hidden_states, tensors, row, phrase)
     is_image = tensors["input_ids"][row] == model.config.image_token_id  # (n, T)
     is_right = torch.where(covered.any(1)[:, None], False, ~is_image).masked_scatter(is_image, covered)
-    loss = -seen.masked_fill(~is_right, -math.inf).logsumexp(1).sum()
-    is_read = start > 0
-    if is_read.any():
-        row, phrase, start = row[is_read], phrase[is_read], start[is_read]
-        read = attention_of_first_head(decoder, len(decoder.layers) // READ, hidden_states, tensors, row, start)
-        loss = loss - read.gather(1, phrase[:, None]).sum()
+
+    def attention(block, kept, tokens):
+        return attention_of_first_head(decoder, block, hidden_states, tensors, row[kept], tokens[kept])
+
+    loss = torch.zeros((), device=row.device)
+    for block, kept in ((search, start != ANSWER), (look, start == ANSWER)):
+        if kept.any():
+            found = attention(block, kept, token).masked_fill(~is_right[kept], -math.inf)
+            loss = loss - found.logsumexp(1).sum()
+    if (is_read := start > 0).any():
+        loss = loss - attention(read, is_read, start).gather(1, token[is_read][:, None]).sum()
     return loss

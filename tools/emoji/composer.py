@@ -33,7 +33,9 @@ PICTURES = 20_000  # of an epoch; a number without meaning, since no picture com
 SINGLES = (0.7, 0.45)  # share of pictures that show one thing, in the first epoch and later: names are learned first
 REDRAWN = 0.5  # share of pictures whose things have other colours, so that shapes must be learned
 # Share of the questions about scenes that are asked: these are learned quickly, or their answers are long.
-ASKED = {"caption": 0.2, "count": 0.3, "background": 0.3}
+ASKED = {"caption": 0.3, "count": 0.2, "background": 0.2, "count_kind": 0.6, "exists": 0.4}
+PLACES = ("where", "point", "box")  # these ask for the place of what they name
+NEIGHBOURS = ("left_of", "above")  # and these for what stands beside it
 WHOLE = (0.0, 0.0, 1.0, 1.0)  # the box of the only thing in a picture
 
 
@@ -48,9 +50,14 @@ class Composed(NamedTuple):
 
 
 def phrases(row: Row, places: dict) -> list[Phrase]:
-    """Return what the question of a row names; the answer depends on all but the wrong options."""
+    """Return what the question of a row names, and where its answer is; it depends on all but the wrong options."""
     named = [(concept.name(row.language), places.get(concept, [])) for concept in row.about]
-    return [Phrase(name, boxes, row.options is None or name == row.answer) for name, boxes in named]
+    found = [Phrase(name, boxes, row.options is None or name == row.answer) for name, boxes in named]
+    if row.task in PLACES:
+        found.append(Phrase(None, named[0][1]))
+    elif row.task in NEIGHBOURS:
+        found += [Phrase(None, boxes) for concept, boxes in places.items() if concept.name(row.language) == row.answer]
+    return found
 
 
 class Composer:
@@ -94,8 +101,8 @@ class Composer:
         concept = rng.choice(pool)
         drawing = rng.choice(self.album.rows[style][concept])
         names = [("name", language, False) for language in LANGUAGES]
-        wanted = [(task, language, False) for task in ("choice", "yes_no") for language in LANGUAGES]
-        once = ("category",) if redrawn else ("category", "colour", "background", "caption")
+        wanted = [(task, language, False) for task in ("choice", "category") for language in LANGUAGES]
+        once = ("yes_no",) if redrawn else ("yes_no", "colour", "background", "caption")
         wanted += [(task, rng.choice(LANGUAGES), False) for task in once]
         rng.shuffle(wanted)
         colour = ground = None
@@ -122,8 +129,8 @@ class Composer:
         answers = rng.choice((None, only_left, only_above))
         things, ground, picture = self.album.compose(rng, style, pool, answers, redrawn)
         pairs = [(thing.concept, thing.position) for thing in things]
-        rows = scene_rows(rng, index, pairs, ground, pool, canonical=False, repeats=2)
-        rows += grounding_rows(rng, index, things, canonical=False)
+        rows = scene_rows(rng, index, pairs, ground, pool, canonical=False, repeats=3)
+        rows += [row for turn in (0, 1) for row in grounding_rows(rng, index + turn, things, canonical=False)]
         rows += self.choices(rng, things, pool)
         rows = [row for row in rows if rng.random() < ASKED.get(row.task, 1)]
         rng.shuffle(rows)
