@@ -33,7 +33,7 @@ PICTURES = 20_000  # of an epoch; a number without meaning, since no picture com
 SINGLES = (0.7, 0.45)  # share of pictures that show one thing, in the first epoch and later: names are learned first
 REDRAWN = 0.5  # share of pictures whose things have other colours, so that shapes must be learned
 # Share of the questions about scenes that are asked: these are learned quickly, or their answers are long.
-ASKED = {"caption": 0.3, "count": 0.2, "background": 0.2, "count_kind": 0.6, "exists": 0.4}
+ASKED = {"caption": 0.3, "count": 0.2, "background": 0.2, "count_kind": 0.6}
 PLACES = ("where", "point", "box")  # these ask for the place of what they name
 NEIGHBOURS = ("left_of", "above")  # and these for what stands beside it
 WHOLE = (0.0, 0.0, 1.0, 1.0)  # the box of the only thing in a picture
@@ -101,8 +101,8 @@ class Composer:
         concept = rng.choice(pool)
         drawing = rng.choice(self.album.rows[style][concept])
         names = [("name", language, False) for language in LANGUAGES]
-        wanted = [(task, language, False) for task in ("choice", "category") for language in LANGUAGES]
-        once = ("yes_no",) if redrawn else ("yes_no", "colour", "background", "caption")
+        wanted = [(task, language, False) for task in ("choice", "category", "yes_no") for language in LANGUAGES]
+        once = () if redrawn else ("colour", "background", "caption")
         wanted += [(task, rng.choice(LANGUAGES), False) for task in once]
         rng.shuffle(wanted)
         colour = ground = None

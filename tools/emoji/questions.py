@@ -298,7 +298,8 @@ def scene_rows(rng, index: int, things: list, background: str, pool: list, canon
         kind = rng.choice(kinds if rng.random() < 0.4 else [c for c in kinds if concepts.count(c) > 1] or kinds)
         add("count_kind", str(concepts.count(kind)), kind)
         yes = (index + turn) % 2
-        add("exists", YES_NO[language][yes], rng.choice(kinds) if yes else draw_other(rng, pool, kinds))
+        if turn < 2:  # one yes and one no, or one of them
+            add("exists", YES_NO[language][yes], rng.choice(kinds) if yes else draw_other(rng, pool, kinds))
         if once:
             concept, position = rng.choice(once)
             add("where", POSITIONS[position][LANGUAGES.index(language)], concept)
