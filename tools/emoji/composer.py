@@ -64,6 +64,7 @@ class Composer:
     """Compose the training pictures of a seed, in all styles equally often."""
 
     singles, redrawn_share = SINGLES, REDRAWN
+    first: tuple[str, ...] = ()  # tasks about one thing that are asked before others, of which some find no place
 
     def __init__(self, drawings: Drawings, concepts: list[Concept], held_out: set[Concept], seed: int):
         self.album, self.seed = Album(drawings, concepts), seed
@@ -96,7 +97,7 @@ class Composer:
         return self.scene(rng, index, style, redrawn)
 
     def single(self, rng, index: int, style: str, redrawn: bool = False) -> Composed:
-        """Return what `rows` returns, for a picture of one thing; its names in both languages come first."""
+        """Return what `rows` returns, for a picture of one thing; its names in both languages come before `first`."""
         pool = self.pools[style]
         concept = rng.choice(pool)
         drawing = rng.choice(self.album.rows[style][concept])
@@ -105,6 +106,7 @@ class Composer:
         once = () if redrawn else ("colour", "background", "caption")
         wanted += [(task, rng.choice(LANGUAGES), False) for task in once]
         rng.shuffle(wanted)
+        wanted.sort(key=lambda question: question[0] not in self.first)
         colour = ground = None
         if redrawn:
             picture = self.redrawn(rng, drawing)
