@@ -23,6 +23,7 @@ from minivlm.app.sentences import NAME_QUESTION, SENTENCES
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
+ANSWERS_AT_ONCE, QUEUE = 2, 16  # as in minivlm/app/page.py, which imports gradio
 MISSING = [name for name in ("gradio", "playwright") if find_spec(name) is None] + ([] if CHROMIUM else ["chromium"])
 PATIENCE = 180  # seconds for what takes a second on an idle machine
 
@@ -132,6 +133,20 @@ def wait(condition):
     pytest.fail(f"waited {PATIENCE} seconds")
 
 
+def events(url):
+    """Return what the page can start: entries of gradio's table, with (element, event) pairs as `starts`."""
+    config = json.load(urlopen(f"{url}/config", timeout=PATIENCE))
+    names = {c["id"]: c["props"].get("elem_id") for c in config["components"]}
+    return [d | {"starts": [(names.get(t[0]), t[1]) for t in d["targets"]]} for d in config["dependencies"]]
+
+
+def join(url, event, session, data):
+    """Put an event into the queue as the page does."""
+    body = {"data": data, "fn_index": event, "session_hash": session}
+    request = Request(f"{url}/gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return urlopen(request, timeout=PATIENCE).read().decode()
+
+
 PIG, HORSE = ROOT / "data" / "examples" / "pig-face.png", ROOT / "data" / "examples" / "horse.png"
 
 
@@ -235,18 +250,10 @@ def test_no_file_of_the_server_is_read(url):
         with pytest.raises(HTTPError) as refused:
             urlopen(f"{url}/gradio_api/file={name}", timeout=PATIENCE)
         assert refused.value.code in (403, 404), name
-    config = json.load(urlopen(f"{url}/config", timeout=PATIENCE))
-    box = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "box")
-    [submit] = [d for d in config["dependencies"] if [box, "submit"] in [list(t) for t in d["targets"]]]
     file = {"path": str(ROOT / "config.json"), "meta": {"_type": "gradio.FileData"}}
-    body = {
-        "data": [{"text": "What?", "files": [file]}, None, "English"],
-        "fn_index": submit["id"],
-        "session_hash": "thief",
-    }
-    request = Request(f"{url}/gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    asked = next(d for d in events(url) if ("box", "submit") in d["starts"])
     try:
-        answer = urlopen(request, timeout=PATIENCE).read().decode()
+        join(url, asked["id"], "thief", [{"text": "What?", "files": [file]}, None, "English"])
         stream = urlopen(f"{url}/gradio_api/queue/data?session_hash=thief", timeout=PATIENCE)
         answer = ""
         for line in stream:
@@ -256,3 +263,35 @@ def test_no_file_of_the_server_is_read(url):
         assert '"success":false' in answer.replace(" ", "") and "config.json" not in answer.partition("output")[2]
     except HTTPError as refused:
         assert refused.code in (400, 403, 404, 422)
+
+
+@browser_test
+def test_a_file_that_is_too_large_is_refused_and_the_page_goes_on(url, visit, tmp_path):
+    (tmp_path / "large.png").write_bytes(PIG.read_bytes() + bytes(21 * 2**20))
+    page = visit(url)
+    page.set_input_files("#box input[type=file]", str(tmp_path / "large.png"))
+    wait(lambda: "exceed" in page.inner_text("body").lower())
+    page.reload()
+    send(page, "What is this? Answer with the name.", PIG)
+    wait(lambda: said(page) == ["pig face"])
+
+
+@browser_test
+def test_a_full_queue_says_so(endless_url, visit):
+    answer = next(d["id"] for d in events(endless_url) if d["targets"][0][1] == "then")
+    late, *first = [visit(endless_url) for _ in range(1 + ANSWERS_AT_ONCE)]
+    for page in first:
+        page.fill("#length input[type=number]", "800")
+        page.press("#length input[type=number]", "Tab")
+    for page in first:
+        send(page, "What is this?", PIG)
+    for page in first:
+        wait(lambda: any(said(page)))
+    with pytest.raises(HTTPError) as refused:
+        for number in range(2 * QUEUE):  # some may have their turn meanwhile
+            join(endless_url, answer, f"user{number}", [None, "English", 0, 8])
+    assert refused.value.code == 503 and "full" in refused.value.read().decode() and number >= QUEUE - 1
+    send(late, "What is this?")
+    wait(lambda: "currently busy" in late.inner_text("body"))
+    for page in first:
+        page.get_by_role("button", name="Stop").click()
