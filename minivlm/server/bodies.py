@@ -176,7 +176,7 @@ class PictureParts:
         return self.found[-1]
 
     def load(self) -> None:
-        """Replace each picture by itself as RGB in PNG: no metadata, one frame, nothing that decoders read differently."""
+        """Replace each picture by itself as RGB in PNG: no metadata, one frame, the same for every decoder."""
         for part in self.found:
             url = part["image_url"]["url"]
             try:
