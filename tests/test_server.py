@@ -9,12 +9,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
+from urllib.request import urlopen
 
 import psutil
 import pyarrow.parquet as pq
@@ -58,8 +60,6 @@ def serving(folder, model, *options, **variables):
 
 
 def free_port():
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -131,9 +131,8 @@ def streamed(api, messages, **options):
 
 
 def test_health_and_models_without_a_cache_of_the_hub(server):
-    import httpx2
-
-    assert httpx2.get(f"{server[0]}/health").json() == {"status": "ok"}
+    with urlopen(f"{server[0]}/health") as response:
+        assert json.load(response) == {"status": "ok"}
     assert [model.id for model in client(server[0]).models.list()] == [NAME]
 
 

@@ -6,10 +6,12 @@ import json
 import os
 
 import pytest
+import torch
 from PIL import Image
 
 from helpers.server import PICTURE, Inner, ask, chat, encode, make_guard, turns, url
 from minivlm.data.pictures import decode_image
+from minivlm.server import launch
 
 USER = {"role": "user", "content": "Hello"}
 HOSTILE = {  # name: (body, status, a word of the message)
@@ -136,6 +138,30 @@ def test_pictures_reach_the_app_as_png_of_what_a_person_sees():
         assert header == "data:image/png;base64"
         passed = Image.open(io.BytesIO(base64.b64decode(body)))
         assert (passed.format, passed.mode, passed.tobytes()) == ("PNG", "RGB", decode_image(data).tobytes())
+
+
+def test_pictures_are_passed_on_in_the_size_that_the_model_reads(assistant, picture):
+    """The processor makes the same pixel values of a picture that was resized before, to the last bit."""
+    guard = make_guard(inner := Inner(), shrink=launch.shrinking(assistant))
+    process = assistant.encoder.processor.image_processor
+    for seed, size in enumerate([(300, 20), (20, 300), (32, 32), (7, 5), (161, 119)]):
+        image = picture(seed, size)
+        assert ask(guard, chat(encode(image)))[0] == 200
+        part = inner.bodies[-1]["messages"][0]["content"][0]
+        passed = Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
+        assert passed.size == assistant.encoder.pixels.size
+        given, kept = (process([each], return_tensors="pt")["pixel_values"] for each in (image, passed))
+        assert torch.equal(given, kept)
+
+
+def test_pictures_keep_their_size_for_a_processor_that_crops(assistant, monkeypatch):
+    process = assistant.encoder.processor.image_processor
+
+    def crop(images, **options):
+        return process([image.crop((0, 0, 9, 9)) for image in images], **options)
+
+    monkeypatch.setattr(assistant.encoder.processor, "image_processor", crop)
+    assert launch.shrinking(assistant) is None
 
 
 def test_a_picture_of_an_allowed_host_reaches_the_app_as_its_bytes(monkeypatch):

@@ -35,13 +35,15 @@ class Bodies:
         control: special tokens of the tokenizer, which no text may hold.
         hosts: from which pictures are fetched; none by default.
         fits: raises ValueError if the model cannot read messages and an answer of that many tokens.
+        shrink: returns a picture in the size that the model reads, so that little is passed on.
     """
 
     def __init__(
         self, name: str, limits: Limits, control: Iterable[str], hosts: Iterable[str] = (),
         fits: Callable[[list[dict], int], None] = lambda messages, new_tokens: None,
+        shrink: Callable[[Image.Image], Image.Image] = lambda image: image,
     ):  # fmt: skip
-        self.name, self.limits, self.fits = name, limits, fits
+        self.name, self.limits, self.fits, self.shrink = name, limits, fits, shrink
         self.hosts = frozenset(host.lower().removesuffix(".") for host in hosts)
         tokens = sorted(filter(None, control), key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
@@ -61,7 +63,7 @@ class Bodies:
             raise Refusal(f"The body is a JSON {type(body).__name__}. Send an object with `messages`.")
         body = self.fields(body)
         decoding = self.decoding(body)
-        pictures = PictureParts(self.limits, self.hosts)
+        pictures = PictureParts(self.limits, self.hosts, self.shrink)
         messages = self.messages(body.get("messages"), pictures)
         try:
             self.fits(messages, decoding["max_new_tokens"])
@@ -157,8 +159,8 @@ class Bodies:
 class PictureParts:
     """Collect the pictures of a request, then load them; all cheap checks come before the first is decoded."""
 
-    def __init__(self, limits: Limits, hosts: Iterable[str]):
-        self.limits, self.hosts, self.found = limits, hosts, []
+    def __init__(self, limits: Limits, hosts: Iterable[str], shrink: Callable[[Image.Image], Image.Image]):
+        self.limits, self.hosts, self.shrink, self.found = limits, hosts, shrink, []
 
     def add(self, value) -> dict:
         """Return the part for a picture, whose URL `load` replaces."""
@@ -205,7 +207,7 @@ class PictureParts:
             message = f"A picture of {size} pixels, more than {self.limits.pixels:,}. Scale it down."
             raise Refusal(message, 413, "image_url")
         file = io.BytesIO()
-        decode_image(data).save(file, "PNG", compress_level=1)
+        self.shrink(decode_image(data)).save(file, "PNG", compress_level=1)
         return base64.b64encode(file.getvalue()).decode()
 
 

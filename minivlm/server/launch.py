@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
+from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from minivlm.inference import Assistant, Decoding
@@ -63,6 +64,21 @@ def tokens_fit(assistant: Assistant):
             )
 
     return fits
+
+
+def shrinking(assistant: Assistant):
+    """Return a function that resizes a picture as the processor does; None if it would change the pixel values.
+
+    transformers would decode pictures in full size between two tokens of a stream, while nothing else is answered.
+    """
+    pixels, process = assistant.encoder.pixels, assistant.encoder.processor.image_processor
+    trial = Image.effect_noise((2 * pixels.size[0] + 1, pixels.size[1] // 2 + 3), 100).convert("RGB")
+
+    def shrink(image: Image.Image) -> Image.Image:
+        return image.resize(pixels.size, pixels.resample)
+
+    once, twice = (process([image], return_tensors="pt")["pixel_values"] for image in (trial, shrink(trial)))
+    return shrink if torch.equal(once, twice) else None
 
 
 def generation_config(assistant: Assistant, name: str, decoding: dict) -> str:
@@ -121,7 +137,8 @@ def transformers_app(assistant: Assistant, name: str):
 def build(assistant: Assistant, name: str, limits: Limits, hosts: list[str], key: str | None) -> Guard:
     """Return the app that answers requests."""
     control = assistant.tokenizer.get_added_vocab()
-    bodies = Bodies(name, limits, control, hosts, tokens_fit(assistant))
+    shrink = shrinking(assistant) or (lambda image: image)
+    bodies = Bodies(name, limits, control, hosts, tokens_fit(assistant), shrink)
 
     def prepare(request: str, decoding: dict) -> str:
         return generation_config(assistant, request, decoding)

@@ -40,8 +40,8 @@ class Inner:
         await send({"type": "http.response.body", "body": b"{}"})
 
 
-def make_guard(inner=None, key=None, limits=LIMITS, hosts=(), prepare=None):
-    return Guard(inner or Inner(), Bodies("toy", limits, CONTROL, hosts), key, prepare)
+def make_guard(inner=None, key=None, limits=LIMITS, hosts=(), prepare=None, **options):
+    return Guard(inner or Inner(), Bodies("toy", limits, CONTROL, hosts, **options), key, prepare)
 
 
 async def call(guard, body=b"", method="POST", path=CHAT, left=None, take=None, **headers):
