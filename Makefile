@@ -58,7 +58,7 @@ test:
 	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow:
-	$(ENVIRONMENT) --extras test,data,app,libraries
+	$(ENVIRONMENT) --extras test,data,app,libraries,serve
 	@$(RUN) -m pytest -m slow $(ARGS)
 
 test-all: test test-slow test-versions

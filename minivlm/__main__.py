@@ -13,6 +13,7 @@ COMMANDS = {  # name -> what it does; the module is minivlm.commands.NAME
     "ask": "Ask a question about pictures and print the answer.",
     "chat": "Talk with a model about pictures.",
     "app": "Show a page in the browser that answers questions about pictures.",
+    "serve": "Serve a model to programs, in the format of OpenAI's chat completions.",
     "caption": "Describe all pictures of a folder, in a file that can train a model.",
     "train": "Train a model; `accelerate launch train_accelerate.py` does the same on several devices.",
     "train-tower": "Train a vision tower as a classifier of labelled pictures.",
