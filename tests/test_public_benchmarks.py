@@ -1,16 +1,23 @@
 """Run public benchmarks through lmms-eval, on rows of our own in their schemas; nothing is downloaded."""
 
+import hashlib
 import json
+import socket
 from configparser import ConfigParser
 from importlib.metadata import EntryPoint
 
+import huggingface_hub
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 
 from helpers.benchmarks import SETS, load_local, right_answer, rows_of
-from helpers.models import ROOT
+from helpers.models import ROOT, save
 from minivlm.commands.evaluate import main as evaluate
 from minivlm.evaluation import public
 from minivlm.evaluation.public import BENCHMARKS, check_tasks, error_of, print_results, run_benchmarks
+from minivlm.hub.card import write_card
+from minivlm.hub.check import RESULTS, files_of
 from minivlm.inference import Answer, Assistant, Decoding
 
 NEEDS = '{} is not installed; pip install ".[benchmarks]" in the checkout'
@@ -36,13 +43,12 @@ def harness(monkeypatch):
     """Return the adapter's class; the Hub's data sets are our rows, and whoever asks a judge fails."""
     pytest.importorskip("lmms_eval", reason=NEEDS.format("lmms-eval"))
     import datasets
-    import requests
 
     def no_network(*args, **options):
         raise AssertionError(f"a request to {args[:1]}")
 
     monkeypatch.setattr(datasets, "load_dataset", load_local)
-    monkeypatch.setattr(requests, "post", no_network)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
     from minivlm.evaluation.lmms_adapter import MiniVLM
 
     return MiniVLM
@@ -134,20 +140,21 @@ def test_the_command_runs_the_model(harness, tiny, tmp_path, capsys, monkeypatch
     assert [{key: entry[key] for key in ("benchmark", "row", "output")} for entry in said] == expected
 
 
-def request(adapter, parts, row=0, settings=None, task="ours"):
-    """Return a request of a task whose conversation has these parts: words and pictures."""
+def request(adapter, parts, task="ours", **settings):
+    """Return a request of a task whose conversation has these parts: words, pictures, or what the harness writes."""
     from lmms_eval.api.instance import Instance
 
-    def make(document):
-        content = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "url": part}
-            for part in parts
-        ]
-        return [{"role": "user", "content": content}]
+    def part_of(part):
+        if isinstance(part, dict):
+            return part
+        return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "url": part}
 
-    adapter.task_dict[task] = {"test": {row: None}}
-    arguments = ("", make, settings or {"max_new_tokens": 8}, row, task, "test")
-    metadata = {"task": task, "doc_id": row, "repeats": 1}
+    def make(document):
+        return [{"role": "user", "content": list(map(part_of, parts))}]
+
+    adapter.task_dict[task] = {"test": [None]}
+    arguments = ("", make, {"max_new_tokens": 8} | settings, 0, task, "test")
+    metadata = {"task": task, "doc_id": 0, "repeats": 1}
     return Instance(request_type="generate_until", arguments=arguments, idx=0, metadata=metadata)
 
 
@@ -165,51 +172,38 @@ def test_pictures_stand_between_words(harness, tiny, picture):
         [adapter.assistant.encode([{"role": "user", "content": content}])], Decoding(8)
     )
     assert together[0] == answer.text
-    with pytest.raises(ValueError, match="video"):
-        bad = request(adapter, ["What happens?"])
-        bad.args[1](None)[0]["content"].append({})
-        adapter.messages(_with_part(bad, {"type": "video", "url": "a.mp4"}))
-
-
-def _with_part(instance, part):
-    make = instance.args[1]
-    arguments = list(instance.arguments)
-    arguments[1] = lambda document: [{"role": "user", "content": [*make(document)[0]["content"], part]}]
-    instance.arguments = tuple(arguments)
-    return instance
+    with pytest.raises(ValueError, match="'video'"):
+        adapter.generate_until([request(adapter, [{"type": "video", "url": "a.mp4"}])])
 
 
 @pytest.mark.slow
-def test_long_prompts_are_counted(harness, tiny, picture):
+def test_long_prompts_are_counted(harness, tiny, capsys):
     """The model reads 512 tokens: a longer prompt is answered by nothing, one that leaves little room in short."""
     adapter = harness(tiny, device="cpu")
     room = adapter.assistant.room
-    lengths = {
-        words: len(adapter.assistant.encode(adapter.messages(request(adapter, ["dog " * words])))["input_ids"])
-        for words in (1, 2)
-    }
-    start, each = 2 * lengths[1] - lengths[2], lengths[2] - lengths[1]
-    fits, tight = "dog " * 3, "dog " * ((room - start) // each - 3)
-    requests = [request(adapter, [text]) for text in (fits, tight, "dog " * room, fits)]
-    for instance in requests:
-        instance.arguments[2]["max_new_tokens"] = 40
+    turns = ([{"role": "user", "content": [{"type": "text", "text": "dog " * n}]}] for n in (1, 2))
+    one, two = (len(adapter.assistant.encode(turn)["input_ids"]) for turn in turns)
+    tight = "dog " * ((room - one) // (two - one) - 3)
+    texts = ("dog " * 3, tight, "dog " * room, "dog " * 3)
+    requests = [request(adapter, [text], max_new_tokens=40) for text in texts]
     first, short, nothing, last = adapter.generate_until(requests)
     assert nothing == "" and first == last and len(first) > len(short) > 0
     assert adapter.too_long == {"ours": 1} and adapter.shortened == {"ours": 1}
     print_results({"results": [], "harness": "x", "too_long": adapter.too_long, "shortened": adapter.shortened})
+    assert "ours: 1 prompts are longer" in (said := capsys.readouterr().out) and "ours: 1 prompts left less" in said
 
 
 @pytest.mark.slow
-def test_settings_are_obeyed_or_refused(harness, tiny, picture):
+def test_settings_are_obeyed_or_refused(harness, tiny):
     """Stops cut the answer; sampling and beams are refused, for answers here are greedy."""
     adapter = harness(tiny, device="cpu")
-    [whole] = adapter.generate_until([request(adapter, ["Hello"], settings={"max_new_tokens": 8})])
+    [whole] = adapter.generate_until([request(adapter, ["Hello"])])
     stop = whole[len(whole) // 2]
-    [cut] = adapter.generate_until([request(adapter, ["Hello"], settings={"max_new_tokens": 8, "until": [stop]})])
+    [cut] = adapter.generate_until([request(adapter, ["Hello"], until=[stop])])
     assert cut == whole.partition(stop)[0] != whole
     for settings in ({"num_beams": 4}, {"do_sample": True, "temperature": 0.7}):
         with pytest.raises(ValueError, match="greedily"):
-            adapter.generate_until([request(adapter, ["Hello"], settings=settings)])
+            adapter.generate_until([request(adapter, ["Hello"], **settings)])
     with pytest.raises(ValueError, match="log-likelihoods"):
         adapter.loglikelihood([request(adapter, ["Hello"])])
 
@@ -263,3 +257,37 @@ def test_mistakes_are_one_line(monkeypatch, tiny, capsys):
 def test_an_error_stands_beside_means_only():
     assert error_of(0.5, [0, 1, 0, 1]) == pytest.approx((1 / 3) ** 0.5 / 2)
     assert error_of(0.4, [0, 1, 0, 1]) is None and error_of(1.0, [1]) is None and error_of(0.5, [None, None]) is None
+
+
+ROW = {"benchmark": "pope", "task": "pope", "dataset": "lmms-lab-encoder/POPE", "n": 9000}
+RECORD = {
+    "harness": "lmms-eval 0.7.3",
+    "limit": None,
+    "results": [
+        ROW | {"metric": "pope_accuracy", "value": 0.75, "stderr": 0.0046},
+        ROW | {"metric": "pope_f1_score", "value": 0.5, "stderr": None},
+    ],
+}
+
+
+def test_results_stand_in_the_card_and_in_eval_results(tmp_path):
+    """benchmarks.json beside the weights: table, model-index and the file that the Hub reads hold its values."""
+    save(tmp_path)
+    weights = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    path = tmp_path / "benchmarks.json"
+    path.write_text(json.dumps(RECORD | {"weights_sha256": weights}), encoding="utf-8")
+    write_card(tmp_path, "owner/name", None)
+    card = ModelCard.load(tmp_path / "README.md")
+    found = {result.metric_type: (result.dataset_type, result.metric_value) for result in card.data.eval_results}
+    assert found == {row["metric"]: (row["dataset"], row["value"]) for row in RECORD["results"]}
+    assert "| pope | pope_accuracy | 0.7500 | 9000 answers, standard error 0.0046, lmms-eval 0.7.3 |" in card.text
+    entries = yaml.safe_load((tmp_path / RESULTS).read_text(encoding="utf-8"))
+    parsed = huggingface_hub.parse_eval_result_entries(entries)
+    assert huggingface_hub.eval_result_entries_to_yaml(parsed) == entries, "a key that the library does not know"
+    values = {entry.task_id: entry.value for entry in parsed}
+    assert values == {"pope-pope_accuracy": 0.75, "pope-pope_f1_score": 0.5}
+    (tmp_path / ".eval_results" / ".env").write_text("secret")
+    assert [name for name in files_of(tmp_path) if name.parts[0][0] == "."] == [RESULTS]
+    path.write_text(json.dumps(RECORD | {"weights_sha256": "0"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="results of other weights"):
+        write_card(tmp_path, "owner/name", None)

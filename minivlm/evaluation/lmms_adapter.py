@@ -5,6 +5,7 @@
 Only the harness and `minivlm evaluate --tasks` import this file: it needs the package lmms-eval.
 """
 
+import logging
 from collections import Counter
 from itertools import groupby, islice
 from pathlib import Path
@@ -12,11 +13,12 @@ from pathlib import Path
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from loguru import logger
 from tqdm.auto import tqdm
 
 from minivlm.inference import Assistant, Decoding
 from minivlm.model.loading import check_device, load_trained, place
+
+logger = logging.getLogger(__name__)
 
 
 class MiniVLM(lmms):

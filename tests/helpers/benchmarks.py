@@ -39,7 +39,8 @@ def mmstar():
     kinds = [("coarse perception", "image emotion"), ("math", "geometry"), ("math", "statistical reasoning")]
     rows = [
         {"index": i, "image": drawing(colour), "question": f"Drawing {i}. {ask}", "answer": letter,
-         "category": kind[0], "l2_category": kind[1], "meta_info": {"source": "ours", "split": "val", "image_path": f"{i}.png"}}
+         "category": kind[0], "l2_category": kind[1],
+         "meta_info": {"source": "ours", "split": "val", "image_path": f"{i}.png"}}
         for i, ((letter, colour), kind) in enumerate(zip(CHOICES.items(), kinds))
     ]  # fmt: skip
     return numbered(columns, rows)
