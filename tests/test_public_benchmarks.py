@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import os
 import socket
+import subprocess
+import sys
 from configparser import ConfigParser
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -223,6 +227,38 @@ def test_the_harness_finds_the_adapter(harness, monkeypatch):
     monkeypatch.setattr(registry, "_select_entry_points", lambda group: points)
     registry.load_entrypoint_manifests()
     assert registry.get_model_class("minivlm") is harness
+
+
+@pytest.mark.slow
+def test_the_harness_own_command_runs_the_model(harness, tiny, tmp_path):
+    """`python -m lmms_eval --model minivlm`, as with an installed MiniVLM, on POPE's task and rows of our own."""
+    import lmms_eval
+
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    points = config["options.entry_points"]["lmms_eval.models"].strip()
+    metadata = tmp_path / "site" / "minivlm-0.1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: minivlm\nVersion: 0.1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[lmms_eval.models]\n{points}\n")
+    load_local(*SETS["pope"][:2])["test"].to_parquet(tmp_path / "rows.parquet")
+    task = {"include": str(Path(lmms_eval.__file__).parent / "tasks" / "pope" / "pope.yaml"), "task": "pope_ours"}
+    task |= {"dataset_path": "parquet", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.parquet")}}}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "pope_ours.yaml").write_text(yaml.safe_dump(task))
+    command = [sys.executable, "-m", "lmms_eval", "--model", "minivlm", "--model_args", f"pretrained={tiny}"]
+    command += ["--tasks", "pope_ours", "--include_path", str(tmp_path / "tasks"), "--batch_size", "3"]
+    command += ["--device", "cpu", "--output_path", str(tmp_path / "out"), "--log_samples"]
+    path = os.pathsep.join([str(ROOT), str(tmp_path / "site")])
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [results] = (tmp_path / "out").rglob("*_results.json")
+    found = json.loads(results.read_text(encoding="utf-8"))
+    assert "lmms_adapter.MiniVLM" in found["config"]["model_backend"]
+    assert found["results"]["pope_ours"]["pope_yes_ratio,none"] == 0.5
+    [samples] = (tmp_path / "out").rglob("*_samples_pope_ours.jsonl")
+    assert len(samples.read_text(encoding="utf-8").splitlines()) == 4
 
 
 @pytest.mark.slow
