@@ -19,7 +19,7 @@ RUN = "$(VENV)/bin/python"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo release-weights test test-slow test-versions test-all style format clean distclean
+.PHONY: help venv demo release-weights test test-slow test-versions test-benchmarks test-all style format clean distclean
 
 help:
 	@echo "make demo       train a small model on the embedded data and show its answers (about 6 minutes on two cores)"
@@ -27,7 +27,8 @@ help:
 	@echo "make test       run the tests, style included, but not those marked slow (for pytest: ARGS='-k packing')"
 	@echo "make test-slow  run the tests marked slow; they take minutes, and some need the network"
 	@echo "make test-versions  run the model's tests on the oldest and the newest transformers (VERSIONS='$(VERSIONS)')"
-	@echo "make test-all   run every test: test, test-slow and test-versions"
+	@echo "make test-benchmarks  run the tests of minivlm evaluate --tasks; they need Java for the captions"
+	@echo "make test-all   run every test: test, test-slow, test-versions and test-benchmarks"
 	@echo "make style      check the style with ruff"
 	@echo "make format     let ruff repair the style"
 	@echo "make venv       make the environment and nothing else"
@@ -61,7 +62,7 @@ test-slow:
 	$(ENVIRONMENT) --extras test,data,app,libraries,serve
 	@$(RUN) -m pytest -m slow $(ARGS)
 
-test-all: test test-slow test-versions
+test-all: test test-slow test-versions test-benchmarks
 
 # Each version has a light environment inside ours, which it sees through a .pth file: only what differs is installed.
 test-versions:
@@ -76,6 +77,16 @@ test-versions:
 		"$$light/bin/python" -c "import transformers; print('$$version: transformers', transformers.__version__, flush=True)"; \
 		"$$light/bin/python" -m pytest tests/test_versions.py tests/test_generation.py tests/test_loading.py $(ARGS); \
 	done
+
+# lmms-eval asks for an older protobuf than onnx here has, and for 60 packages that no test touches. So it has a light
+# environment, too, with what its picture tasks import.
+test-benchmarks:
+	$(ENVIRONMENT) --extras test,data
+	@set -e; where="import sysconfig; print(sysconfig.get_path('purelib'))"; light="$(VENV)/benchmarks"; \
+	$(RUN) -m venv --clear "$$light"; \
+	$(RUN) -c "$$where" > "$$("$$light/bin/python" -c "$$where")/base.pth"; \
+	"$$light/bin/python" -m pip install --quiet --no-deps -r tests/benchmarks.txt; \
+	"$$light/bin/python" -m pytest -m "slow or not slow" tests/test_public_benchmarks.py $(ARGS)
 
 style:
 	$(ENVIRONMENT) --extras test,data

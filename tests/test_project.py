@@ -99,6 +99,7 @@ def test_every_import_is_declared():
     missing = []
     for path in python_files():
         installed = path.stem in MODULES or path.is_relative_to(ROOT / "minivlm")
+        installed = installed and path.name != "lmms_adapter.py"  # lmms-eval loads it
         siblings = set() if installed else {other.stem for other in path.parent.glob("*.py")}
         for inside, allowed in ((True, base | extras), (False, base if installed else base | extras)):
             for package in set(imports(path, inside)) - set(sys.stdlib_module_names) - ours - siblings:

@@ -3,6 +3,7 @@
     minivlm evaluate --data data/test.parquet
     minivlm evaluate runs/train/final --data my_questions.jsonl --json scores.json --answers answers.jsonl
     minivlm evaluate --data data/test_photos.parquet --among name
+    minivlm evaluate runs/train/final --tasks mmstar pope --json benchmarks.json
 
 An answer is right if it equals the reference after trimming, case folding and dropping a closing full stop. Where the
 data has a column `box` (left, top, right, bottom in per cent of the picture), two tasks have a rule of their own:
@@ -16,6 +17,13 @@ quarter. `--among name` ranks all answers to the task `name` in this way, those 
 
 Every figure comes with its count and a 95 % confidence interval, per task and language: Wilson's (1927) for shares,
 the normal approximation for content words.
+
+`--tasks` runs public benchmarks instead, by lmms-eval with its prompts and metrics: mmstar, mme, pope, textvqa (val),
+scienceqa (test, questions with a picture), mmbench_en, mmbench_cn (dev), ocrbench, coco_captions (2017 val, CIDEr and
+others; needs Java). lmms-eval downloads their data sets from the Hub, from about 0.1 GB (ocrbench) to several GB
+(textvqa, coco_captions), and asks the Hub with your token: `hf auth login` once. No judge is asked and no other key is
+needed: an answer to MMBench that names no choice is wrong, where the official score lets a GPT guess the choice. A
+prompt that is too long for the model gets an empty answer; their number is printed.
 """
 
 import json
@@ -25,6 +33,7 @@ import torch
 
 from minivlm.cli import Parser, positive
 from minivlm.data.rows import load_rows
+from minivlm.evaluation.public import BENCHMARKS, check_tasks, print_results, run_benchmarks
 from minivlm.evaluation.scoring import evaluate, print_table
 from minivlm.model.loading import check_device, check_name, digest, load_trained, place
 
@@ -33,10 +42,12 @@ def parse_args(argv: list[str] | None):
     """Return the options of the command."""
     parser = Parser(__doc__, prog="minivlm evaluate")
     parser.add_argument("model", nargs="?", default=".", help="Folder or Hub id of a model. Default: this folder.")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--data", nargs="+", default=["data/test.parquet"], help="Files, folders or globs, as for training."
     )
-    parser.add_argument("--limit", type=positive, help="Answer only the first rows. Default: all.")
+    source.add_argument("--tasks", nargs="+", metavar="NAME", help=f"Public benchmarks: {', '.join(BENCHMARKS)}.")
+    parser.add_argument("--limit", type=positive, help="Answer only the first rows (of each task). Default: all.")
     parser.add_argument("--batch_size", type=positive, default=64, help="Rows answered at once. Default: 64.")
     parser.add_argument(
         "--among", nargs="+", default=[], metavar="TASK",
@@ -51,16 +62,16 @@ def parse_args(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> dict:
     """Print the table of scores; return the metrics."""
     args = parse_args(argv)
+    if args.tasks and args.among:
+        raise ValueError(f"--among {' '.join(args.among)}: ranks rows of --data. Leave it out with --tasks.")
     check_device(args.device)
     check_name("", args.model)
-    rows = load_rows(args.data)  # before the model: a wrong path should not cost a download
-    model, processor = load_trained(args.model)
-    metrics = evaluate(place(model, args.device), processor, rows, args.limit, args.batch_size, args.among)
-    print_table(metrics)
+    metrics = score_benchmarks(args) if args.tasks else score_data(args)
     answers = metrics.pop("answers")
     if args.json:
         weights = Path(args.model) / "model.safetensors"
-        record = {"model": args.model, "data": args.data, "limit": args.limit, "device": args.device}
+        source = {"tasks": args.tasks} if args.tasks else {"data": args.data}
+        record = {"model": args.model, **source, "limit": args.limit, "device": args.device}
         if args.among:
             record["among"] = args.among
         if weights.is_file():
@@ -70,3 +81,23 @@ def main(argv: list[str] | None = None) -> dict:
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in answers]
         args.answers.write_text("".join(lines), encoding="utf-8")
     return metrics
+
+
+def score_data(args) -> dict:
+    """Print the table of scores on `--data`; return the metrics."""
+    rows = load_rows(args.data)  # before the model: a wrong path should not cost a download
+    model, processor = load_trained(args.model)
+    metrics = evaluate(place(model, args.device), processor, rows, args.limit, args.batch_size, args.among)
+    print_table(metrics)
+    return metrics
+
+
+def score_benchmarks(args) -> dict:
+    """Print the table of the benchmarks `--tasks`; return their results."""
+    names = list(dict.fromkeys(args.tasks))
+    check_tasks(names, args.limit)
+    from minivlm.evaluation.lmms_adapter import MiniVLM  # needs lmms-eval, which is an extra
+
+    found = run_benchmarks(MiniVLM(args.model, args.batch_size, args.device), names, args.limit)
+    print_results(found)
+    return found

@@ -1,4 +1,7 @@
-"""Write the model card, README.md, from the files that a run leaves behind: run.json, recipe.yaml and loss.png."""
+"""Write the model card, README.md, from the files that a run leaves behind: run.json, recipe.yaml and loss.png.
+
+benchmarks.json, which `minivlm evaluate --tasks --json` writes, also goes into the card and into .eval_results.
+"""
 
 import json
 import math
@@ -9,8 +12,15 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from minivlm.hub.check import read_header
-from minivlm.hub.results import counts, eval_results
+from minivlm.hub.check import RESULTS, read_header
+from minivlm.hub.results import (
+    benchmark_entries,
+    benchmark_results,
+    benchmark_table,
+    counts,
+    eval_results,
+    read_benchmarks,
+)
 from minivlm.hub.secrets import anonymous
 
 MARKER = "<!-- Written by minivlm/hub/card.py, and anew at each upload. Delete this line to keep your own words. -->"
@@ -25,15 +35,13 @@ def write_card(folder: Path, repo_id: str, run: dict | None) -> None:
         run: content of run.json; None if there is none.
     """
     path, run = folder / "README.md", run or {}
+    benchmarks = benchmarks_of(folder)
     if path.is_file() and MARKER not in path.read_text(encoding="utf-8"):
         return
     name, options, metrics = repo_id.split("/")[-1], run.get("options", {}), run.get("metrics") or {}
-    languages = {
-        lang for task in metrics.get("tasks", {}).values() for lang in task if re.fullmatch("[a-z]{2,3}", lang)
-    }
-    found = eval_results(metrics, options.get("eval_data", []))
+    found = eval_results(metrics, options.get("eval_data", [])) + benchmark_results(benchmarks)
     header = ModelCardData(
-        language=sorted(languages) or ["en", "zh"],
+        language=languages(metrics) or ["en", "zh"],
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -52,12 +60,29 @@ def write_card(folder: Path, repo_id: str, run: dict | None) -> None:
         "pictures and questions in, answers out.",
         "## Use\n\n" + SNIPPET.format(repo_id=repo_id),
         results(metrics),
+        benchmark_table(benchmarks),
         training(run, bool(plot)),
         fold("Recipe", recipe(folder, options), "yaml") if options else "",
         "## Training data\n\n" + "\n".join(f"- `{s}`" for s in options["data"]) if options.get("data") else "",
     ]
     body = anonymous("\n\n".join(filter(None, parts)))
     put(path, str(ModelCard(f"---\n{header}\n---\n\n{body}\n")).encode())
+
+
+def languages(metrics: dict) -> list[str]:
+    """Return the languages of the results of an evaluation, in order."""
+    return sorted(
+        {lang for task in metrics.get("tasks", {}).values() for lang in task if re.fullmatch("[a-z]{2,3}", lang)}
+    )
+
+
+def benchmarks_of(folder: Path) -> dict:
+    """Return the results of public benchmarks for the model in `folder`, and write them to .eval_results, too."""
+    found = read_benchmarks(beside(folder, "benchmarks.json"), folder / "model.safetensors")
+    if found["results"]:
+        (folder / RESULTS).parent.mkdir(exist_ok=True)
+        put(folder / RESULTS, benchmark_entries(found).encode())
+    return found
 
 
 SNIPPET = """\

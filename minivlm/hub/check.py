@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub.utils import validate_repo_id
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+RESULTS = Path(".eval_results", "benchmarks.yaml")
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
@@ -60,13 +61,13 @@ def files_of(folder: Path) -> list[Path]:
     """List the files to upload, relative to `folder`.
 
     A git checkout goes up as git tracks it. Any other folder goes up without hidden files, since `.env` may hold
-    secrets, and without `__pycache__`.
+    secrets, and without `__pycache__`; of hidden files it keeps the results that the card's writer makes.
     """
     if (folder / ".git").exists():
         names = tracked_files(folder)
     else:
         names = [path.relative_to(folder) for path in folder.rglob("*")]
-        names = [n for n in names if not any(part[0] == "." or part == "__pycache__" for part in n.parts)]
+        names = [n for n in names if n == RESULTS or not any(p[0] == "." or p == "__pycache__" for p in n.parts)]
     return sorted(name for name in names if (folder / name).is_file())
 
 

@@ -1,7 +1,11 @@
 """Turn the metrics of an evaluation into the results of a model card."""
 
+import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult
 
 from minivlm.hub.secrets import anonymous
@@ -49,3 +53,59 @@ def eval_results(metrics: dict, sources: list[str]) -> list[EvalResult]:
         )
         for metric, title, part, cell in cells(metrics)
     ]  # fmt: skip
+
+
+def read_benchmarks(path: Path | None, weights: Path) -> dict:
+    """Return what `minivlm evaluate --tasks --json` wrote to `path`; without results if `path` is None.
+
+    Raises:
+        ValueError: the results are those of other weights.
+    """
+    if path is None:
+        return {"results": []}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if weights.is_file() and record.get("weights_sha256") != hashlib.sha256(weights.read_bytes()).hexdigest():
+        raise ValueError(f"{path} holds results of other weights than {weights}. Run minivlm evaluate --tasks again.")
+    return record
+
+
+def benchmark_evidence(row: dict, record: dict) -> str:
+    """Return number of answers, standard error and harness of a benchmark's value, for a reader."""
+    stderr = "" if row["stderr"] is None else f", standard error {row['stderr']:.4f}"
+    part = f", only the first {record['limit']} questions" if record.get("limit") else ""
+    return f"{row['n']} answers{stderr}{part}, {record['harness']}"
+
+
+def benchmark_results(record: dict) -> list[EvalResult]:
+    """Return the model-index of public benchmarks: one entry per metric."""
+    return [
+        EvalResult(
+            "image-text-to-text", dataset_type=row["dataset"], dataset_name=row["benchmark"],
+            metric_type=row["metric"], metric_name=f"{row['metric']} ({benchmark_evidence(row, record)})",
+            metric_value=row["value"],
+        )
+        for row in record["results"]
+    ]  # fmt: skip
+
+
+def benchmark_table(record: dict) -> str:
+    """Return the card's section of public benchmarks; empty without results."""
+    rows = [
+        f"| {row['benchmark']} | {row['metric']} | {row['value']:.4f} | {benchmark_evidence(row, record)} |"
+        for row in record["results"]
+    ]
+    head = ["## Public benchmarks", "", "| benchmark | metric | value | of |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows]) if rows else ""
+
+
+def benchmark_entries(record: dict) -> str:
+    """Return `.eval_results/benchmarks.yaml`, the file that the Hub reads."""
+    entries = [
+        {
+            "dataset": {"id": row["dataset"], "task_id": f"{row['task']}-{row['metric']}"},
+            "value": row["value"],
+            "notes": benchmark_evidence(row, record),
+        }
+        for row in record["results"]
+    ]
+    return yaml.safe_dump(entries, sort_keys=False, width=110)
