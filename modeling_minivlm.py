@@ -31,6 +31,7 @@ except ImportError:  # a checkout or `pip install` imports these files as top-le
     from configuration_minivlm import MiniVLMConfig, MiniVLMTextConfig
 
 KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, "use_cache", "return_dict", "shift_labels", "ignore_index"}
+KNOWN_KEYWORDS.add("tokenizer")  # `generate` passes it on with `stop_strings`
 # transformers 5.24 says `cache` in outputs and in `generate`. Up to 5.23 that is `past_key_values`, and `cache` is a
 # keyword of paged attention functions, which must reach them.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"

@@ -67,6 +67,16 @@ def test_pipeline_takes_chats_and_marked_texts(ask, picture):
     assert full["generated_text"] == [*chat, {"role": "assistant", "content": answer["generated_text"]}]
 
 
+def test_stop_strings_end_the_answer(ask, picture):
+    prompt = ask.processor.apply_chat_template(turn("What?", picture(1)), add_generation_prompt=True, tokenize=False)
+    inputs = ask.processor(text=[prompt], images=[picture(1)], return_tensors="pt")
+    start = inputs["input_ids"].shape[1]
+    whole = ask.model.generate(**inputs, **GREEDY)[0, start:]
+    words = ask.tokenizer.decode(whole[:3])
+    stopped = ask.model.generate(**inputs, **GREEDY, stop_strings=[words], tokenizer=ask.tokenizer)[0, start:]
+    assert len(whole) > 3 and torch.equal(stopped, whole[: len(stopped)]) and len(stopped) == 3
+
+
 def test_pipeline_answers_a_batch_as_each_alone(ask, picture):
     """Conversations with one, two and three pictures and of different length: padding and pictures stay apart."""
     chats = [
