@@ -249,7 +249,7 @@ def test_the_harness_own_command_runs_the_model(harness, tiny, tmp_path):
     command = [sys.executable, "-m", "lmms_eval", "--model", "minivlm", "--model_args", f"pretrained={tiny}"]
     command += ["--tasks", "pope_ours", "--include_path", str(tmp_path / "tasks"), "--batch_size", "3"]
     command += ["--device", "cpu", "--output_path", str(tmp_path / "out"), "--log_samples"]
-    path = os.pathsep.join([str(ROOT), str(tmp_path / "site")])
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])  # the checkout may have metadata of an older build
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
