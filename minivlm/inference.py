@@ -79,13 +79,33 @@ class Assistant:
         # A name would let who writes the messages read files; a URL would be fetched.
         if strange := [image for image in images if not isinstance(image, bytes | Path | Image.Image)]:
             raise ValueError(f"not a picture: {type(strange[0]).__name__}. Give bytes, a Path or a Pillow picture.")
-        try:
-            ids, _ = self.encoder.tokenize_messages(messages, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"The chat template refuses the conversation: {error}") from error
+        ids = self.tokens(messages)
         decoded = [decode_image(image) for image in images]
         pixels = self.encoder.pixels(decoded) if decoded else torch.empty(0)
         return {"input_ids": torch.tensor(ids), "pixel_values": pixels}
+
+    def tokens(self, messages: list[dict]) -> list[int]:
+        """Return the tokens of a conversation; its pictures are not looked at.
+
+        Raises:
+            ValueError: the chat template refuses the conversation.
+        """
+        try:
+            return self.encoder.tokenize_messages(messages, add_generation_prompt=True)[0]
+        except TemplateError as error:
+            raise ValueError(f"The chat template refuses the conversation: {error}") from error
+
+    def check_room(self, tokens: int, new_tokens: int, option: str = "max_new_tokens") -> None:
+        """Raise ValueError if a conversation and an answer may be longer than what the model reads.
+
+        Args:
+            option: what the user calls `new_tokens`.
+        """
+        if tokens + new_tokens > self.room:
+            raise ValueError(
+                f"The conversation has {tokens} tokens and the answer may have {new_tokens}, but the model reads "
+                f"{self.room}. Use fewer words, pictures or turns, or a smaller {option}."
+            )
 
     def batch(self, encoded: list[dict], decoding: Decoding) -> dict:
         """Return the arguments of `generate` for encoded conversations, padded on the left.
@@ -93,12 +113,7 @@ class Assistant:
         Raises:
             ValueError: conversation and answer may be longer than what the model reads.
         """
-        longest = max(len(chat["input_ids"]) for chat in encoded)
-        if longest + decoding.max_new_tokens > self.room:
-            raise ValueError(
-                f"The conversation has {longest} tokens and the answer may have {decoding.max_new_tokens}, but the "
-                f"model reads {self.room}. Use fewer words, pictures or turns, or a smaller max_new_tokens."
-            )
+        self.check_room(max(len(chat["input_ids"]) for chat in encoded), decoding.max_new_tokens)
         ids = {"input_ids": [chat["input_ids"].tolist() for chat in encoded]}
         inputs = dict(self.tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(self.model.device))
         if pixels := [chat["pixel_values"] for chat in encoded if len(chat["pixel_values"])]:

@@ -4,6 +4,7 @@ In a checkout `recipes/` and `configs/` stand at the root, in a wheel inside the
 Standard library only.
 """
 
+import hashlib
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def default_model() -> str:
         if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
             return str(folder)
     return HUB_MODEL
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file of weights, by which a record of results names them."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 RECIPES, CONFIGS = shipped("recipes"), shipped("configs")

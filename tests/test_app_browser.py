@@ -18,6 +18,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from helpers.models import ROOT
+from helpers.serving import PATIENCE, save_endless, wait
 from minivlm.app.sentences import NAME_QUESTION, SENTENCES
 
 CHROMIUM = next(
@@ -25,7 +26,6 @@ CHROMIUM = next(
 )
 ANSWERS_AT_ONCE, QUEUE = 2, 16  # as in minivlm/app/page.py, which imports gradio
 MISSING = [name for name in ("gradio", "playwright") if find_spec(name) is None] + ([] if CHROMIUM else ["chromium"])
-PATIENCE = 180  # seconds for what takes a second on an idle machine
 
 
 def browser_test(test):
@@ -66,14 +66,7 @@ def url(tmp_path_factory):
 @pytest.fixture(scope="module")
 def endless_url(tmp_path_factory):
     """Serve the root's weights without an end token: an answer is as long as the slider says."""
-    model = tmp_path_factory.mktemp("endless")
-    for path in ROOT.glob("*.json"):
-        shutil.copy(path, model)
-    for name in ("model.safetensors", "chat_template.jinja"):
-        shutil.copy(ROOT / name, model)
-    generation = json.loads((model / "generation_config.json").read_text())
-    generation["eos_token_id"] = None
-    (model / "generation_config.json").write_text(json.dumps(generation))
+    model = save_endless(tmp_path_factory.mktemp("endless"))
     with serving(model, tmp_path_factory.mktemp("server")) as address:
         yield address
 
@@ -122,15 +115,6 @@ def send(page, question, *files):
 def said(page):
     """Return the answers in the chat."""
     return [text.strip() for text in page.locator("#chat .bot.message").all_inner_texts()]
-
-
-def wait(condition):
-    """Wait until a function returns something true, and return it."""
-    for _ in range(5 * PATIENCE):
-        if result := condition():
-            return result
-        time.sleep(0.2)
-    pytest.fail(f"waited {PATIENCE} seconds")
 
 
 def events(url):

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from PIL import Image
 
 from helpers.models import ROOT
 from helpers.server import chat
+from helpers.serving import PATIENCE, save_endless, wait
 from minivlm.asking import question_about
 from minivlm.inference import Assistant, Decoding
 from minivlm.model.loading import load_trained
@@ -34,7 +34,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
-PATIENCE = 180  # seconds for what takes a second on an idle machine
 KEY = "0123456789abcdef"
 NAME, QUESTION = "toy", "What is this? Answer with the name."
 
@@ -63,15 +62,6 @@ def free_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
-
-
-def wait(condition):
-    """Wait until a function returns something true, and return it."""
-    for _ in range(5 * PATIENCE):
-        if result := condition():
-            return result
-        time.sleep(0.2)
-    pytest.fail(f"waited {PATIENCE} seconds")
 
 
 @pytest.fixture(scope="module")
@@ -255,11 +245,7 @@ def test_memory_stays_over_many_requests(server, pictures):
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
     """Serve the root's weights without an end token, with a key: an answer takes as long as it is allowed to."""
-    model = tmp_path_factory.mktemp("endless")
-    for path in [*ROOT.glob("*.json"), ROOT / "model.safetensors", ROOT / "chat_template.jinja"]:
-        shutil.copy(path, model)
-    generation = json.loads((model / "generation_config.json").read_text()) | {"eos_token_id": None}
-    (model / "generation_config.json").write_text(json.dumps(generation))
+    model = save_endless(tmp_path_factory.mktemp("endless"))
     folder = tmp_path_factory.mktemp("server")
     (folder / "key").write_text(KEY)
     options = ["--api_key_file", "key", "--max_new_tokens", "1900", "--max_waiting", "1"]

@@ -22,7 +22,8 @@ import torch
 
 from minivlm.cli import Parser, positive, run_command
 from minivlm.hub.card import put
-from minivlm.model.loading import digest, load_processor, load_trained, save_model
+from minivlm.model.loading import load_processor, load_trained, save_model
+from minivlm.resources import digest
 from tools.card import write_own
 from tools.report.measure import FILES, combine, measure
 from tools.report.tables import put_table, short_table

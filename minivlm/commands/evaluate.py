@@ -35,7 +35,8 @@ from minivlm.cli import Parser, positive
 from minivlm.data.rows import load_rows
 from minivlm.evaluation.public import BENCHMARKS, check_tasks, print_results, run_benchmarks
 from minivlm.evaluation.scoring import evaluate, print_table
-from minivlm.model.loading import check_device, check_name, digest, load_trained, place
+from minivlm.model.loading import check_device, check_name, load_trained, place
+from minivlm.resources import digest
 
 
 def parse_args(argv: list[str] | None):

@@ -9,7 +9,8 @@ from minivlm.data.rows import Rows, load_rows
 from minivlm.evaluation.scoring import evaluate, wilson
 from minivlm.hub.card import read_run
 from minivlm.hub.findings import Finding, finding
-from minivlm.model.loading import digest, load_trained, place
+from minivlm.model.loading import load_trained, place
+from minivlm.resources import digest
 
 Z = 3.29  # half width of a 99.9 % interval: one right model in a thousand is called wrong
 SLACK = 0.01  # share of the answers that may differ between two machines, if all rows are measured again

@@ -1,6 +1,5 @@
 """Turn the metrics of an evaluation into the results of a model card."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ import yaml
 from huggingface_hub import EvalResult
 
 from minivlm.hub.secrets import anonymous
+from minivlm.resources import digest
 
 KINDS = (  # key of the metrics, metric, title, what follows the name of a task in a list of all
     ("tasks", "exact_match", "Exact match", ""),
@@ -64,7 +64,7 @@ def read_benchmarks(path: Path | None, weights: Path) -> dict:
     if path is None:
         return {"results": []}
     record = json.loads(path.read_text(encoding="utf-8"))
-    if weights.is_file() and record.get("weights_sha256") != hashlib.sha256(weights.read_bytes()).hexdigest():
+    if weights.is_file() and record.get("weights_sha256") != digest(weights):
         raise ValueError(f"{path} holds results of other weights than {weights}. Run minivlm evaluate --tasks again.")
     return record
 

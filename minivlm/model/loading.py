@@ -1,6 +1,5 @@
 """Load and save models; check the names of models before anything is loaded."""
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -62,11 +61,6 @@ def load_trained(path: str | Path, option: str = "") -> tuple[MiniVLMForConditio
 def place(model: MiniVLMForConditionalGeneration, device: str) -> MiniVLMForConditionalGeneration:
     """Move a model to a device; on a CPU it computes in fp32, or its answers would depend on the processor's bf16."""
     return model.float() if device == "cpu" else model.to(device)
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file of weights, by which a record of results names them."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_processor(path: str | Path) -> MiniVLMProcessor:

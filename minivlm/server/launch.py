@@ -8,7 +8,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -53,15 +52,7 @@ def tokens_fit(assistant: Assistant):
         plain = [
             m | {"content": [p if p["type"] == "text" else {"type": "image"} for p in m["content"]]} for m in messages
         ]
-        try:
-            ids, _ = assistant.encoder.tokenize_messages(plain, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"The chat template refuses the conversation: {error}") from error
-        if len(ids) + new_tokens > assistant.room:
-            raise ValueError(
-                f"The conversation has {len(ids)} tokens and the answer may have {new_tokens}, but the model reads "
-                f"{assistant.room}. Use fewer words, pictures or turns, or a smaller max_tokens."
-            )
+        assistant.check_room(len(assistant.tokens(plain)), new_tokens, "max_tokens")
 
     return fits
 
@@ -96,7 +87,7 @@ def make_stoppable(model, left: set[str]) -> None:
     """Let `generate` end at the next token once the name of its request is in `left`; draw from the request's seed."""
     generate = model.generate
 
-    def stoppable(tokenizer=None, **inputs):  # a tokenizer is for stop strings, and `generate` gives it to the model
+    def stoppable(**inputs):
         config = inputs["generation_config"]
         name, seed = config.__dict__.pop("minivlm_request"), config.__dict__.pop("minivlm_seed")
         if seed is not None:  # here, where answers are computed one after another

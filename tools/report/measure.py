@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from minivlm.commands import evaluate
-from minivlm.model.loading import digest
+from minivlm.resources import digest
 
 # Evaluation files, without .parquet; the first one is the test that the README reports.
 FILES = {
