@@ -24,7 +24,7 @@ def composed():
     def compose(kind) -> tuple:
         composer = kind(drawings, CONCEPTS, set(), 0)
         found = [composer.rows(0, index) for index in range(60)]
-        return [p.tobytes() for p, *_ in found], {style for _, style, *_ in found}, [rows for *_, rows, _ in found]
+        return [p.tobytes() for p, *_ in found], {style for _, style, *_ in found}, [rows for *_, rows in found]
 
     return compose
 

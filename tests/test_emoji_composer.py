@@ -38,7 +38,7 @@ def made() -> list[Composed]:
 
 def split() -> tuple[list[tuple], list[tuple]]:
     """Return (slugs, rows) of the pictures of one thing, which are asked for their name, and of the scenes."""
-    found = [(slugs.split(","), rows) for _, _, slugs, rows, _ in made()]
+    found = [(composed.slugs.split(","), composed.rows) for composed in made()]
     is_single = [any(row[0] == "name" for row in rows) for _, rows in found]
     return [p for p, one in zip(found, is_single) if one], [p for p, one in zip(found, is_single) if not one]
 
@@ -86,7 +86,7 @@ def test_a_picture_follows_from_seed_epoch_and_index():
 
 def test_a_sample_is_made_of_each_row_in_its_order():
     for index in range(4):
-        picture, _, _, rows, _ = made()[index]
+        picture, *_, rows = made()[index]
         samples = composer().compose(1, index)
         turns = [[turn["content"][-1]["text"] for turn in sample["messages"]] for sample in samples]
         assert turns == [[row.question, row.answer] for row in rows]
@@ -106,7 +106,8 @@ def test_dev_and_test_style_are_never_composed_even_if_they_are_among_the_drawin
 
 def test_training_scenes_neither_show_nor_name_what_is_held_out():
     singles, scenes = split()
-    scenes += [composer().scene(random.Random(i), i, STYLES[i % 2])[2:4] for i in range(60)]
+    more = [composer().scene(random.Random(i), i, STYLES[i % 2]) for i in range(60)]
+    scenes += [(found.slugs, found.rows) for found in more]
     held_out = {name for concept in HELD_OUT for name in (concept.slug, concept.en, concept.zh)}
     words = set(re.findall(r"[a-z]+|[\u9f00-\u9fff]", str(scenes)))
     assert not held_out & words
@@ -137,14 +138,14 @@ def test_half_of_the_pictures_are_redrawn_and_asked_for_no_colour_that_nobody_kn
     captions = sum(any(row[0] == "caption" for row in rows) for _, rows in singles)
     assert abs(1 - captions / len(singles) - REDRAWN) < 0.1
     for number in range(20):
-        *_, rows, _ = composer().single(random.Random(number), number, STYLES[number % 2], redrawn=True)
+        *_, rows = composer().single(random.Random(number), number, STYLES[number % 2], redrawn=True)
         assert not {"colour", "caption"} & {row[0] for row in rows}
-        *_, rows, _ = composer().scene(random.Random(number), number, STYLES[number % 2], redrawn=True)
+        *_, rows = composer().scene(random.Random(number), number, STYLES[number % 2], redrawn=True)
         assert "count_colour" not in {row[0] for row in rows}
 
 
 def test_every_task_is_asked_in_both_languages_and_some_less_often():
-    asked = Counter(row[:2] for *_, rows, _ in made() for row in rows)
+    asked = Counter(row[:2] for *_, rows in made() for row in rows)
     assert asked.keys() == PHRASES.keys() and len(TASKS) == 16
     scenes = [[row[0] for row in rows] for _, rows in split()[1]]
     most = {"caption": 1, "count": 3, "background": 1, "count_kind": 3}
@@ -155,9 +156,9 @@ def test_every_task_is_asked_in_both_languages_and_some_less_often():
 
 def test_every_answer_is_of_its_kind_and_right():
     allowed = allowed_answers()
-    for _, _, slugs, rows, _ in made():
-        shown = slugs.split(",")
-        for task, language, question, answer, *_ in rows:
+    for found in made():
+        shown = found.slugs.split(",")
+        for task, language, question, answer, *_ in found.rows:
             assert answer in allowed.get((task, language), {answer}) and answer == answer.strip() != ""
             assert (language == "en") == question.isascii()
             if task in ("yes_no", "exists"):
@@ -176,7 +177,7 @@ def test_every_answer_is_of_its_kind_and_right():
 def test_yes_and_no_are_balanced(task):
     """Check each picture, each language, and each name: no name gives the answer away."""
     counts, by_name = Counter(), Counter()
-    for *_, rows, _ in made():
+    for *_, rows in made():
         answers = [(row[1], row[3] in ("yes", "是"), asked_about(row[2])) for row in rows if row[0] == task]
         assert not answers or sorted(yes for _, yes, _ in answers) == [False, True]
         counts.update(answer[:2] for answer in answers)
@@ -191,7 +192,7 @@ def test_yes_and_no_are_balanced(task):
 
 def test_a_choice_holds_its_answer_once_at_a_uniform_place():
     places = Counter()
-    for *_, rows, _ in made():
+    for *_, rows in made():
         for task, language, question, answer, listed, *_ in rows:
             assert (task == "choice") == (listed is not None)
             if listed:
@@ -203,7 +204,7 @@ def test_a_choice_holds_its_answer_once_at_a_uniform_place():
 
 def test_the_canonical_question_stands_among_others():
     canonical, wordings = Counter(), {}
-    for *_, rows, _ in made():
+    for *_, rows in made():
         for task, language, question, *_ in rows:
             canonical[bool(re.fullmatch(CANONICAL[task, language], question))] += 1
             names = "|".join(map(re.escape, sorted(BY_NAME, key=len)))

@@ -36,17 +36,30 @@ REDRAWN = 0.5  # share of pictures whose things have other colours, so that shap
 ASKED = {"caption": 0.3, "count": 0.2, "background": 0.2, "count_kind": 0.6}
 PLACES = ("where", "point", "box")  # these ask for the place of what they name
 NEIGHBOURS = ("left_of", "above")  # and these for what stands beside it
-WHOLE = (0.0, 0.0, 1.0, 1.0)  # the box of the only thing in a picture
+ALONE = (1, 0, 0)  # the cell of the only thing in a picture: (rows of the grid, row, column)
+WHOLE = (0, 0, SIZE, SIZE)  # its box
 
 
 class Composed(NamedTuple):
-    """Hold a picture with its questions; `places` are the boxes of each concept, in shares of the picture."""
+    """Hold a picture with what it shows and the questions about it."""
 
     picture: Image.Image
     style: str
-    slugs: str
+    things: list[Thing]
     rows: list[Row]
-    places: dict[Concept, list[tuple[float, float, float, float]]]
+
+    @property
+    def slugs(self) -> str:
+        """Return the slugs of the things, as the column `concept` has them."""
+        return ",".join(thing.concept.slug for thing in self.things)
+
+    @property
+    def places(self) -> dict[Concept, list[tuple[float, float, float, float]]]:
+        """Return the boxes of each concept, in shares of the picture."""
+        places = {}
+        for thing in self.things:
+            places.setdefault(thing.concept, []).append(tuple(value / SIZE for value in thing.box))
+        return places
 
 
 def phrases(row: Row, places: dict) -> list[Phrase]:
@@ -63,8 +76,8 @@ def phrases(row: Row, places: dict) -> list[Phrase]:
 class Composer:
     """Compose the training pictures of a seed, in all styles equally often."""
 
-    singles, redrawn_share = SINGLES, REDRAWN
-    first: tuple[str, ...] = ()  # tasks about one thing that are asked before others, of which some find no place
+    singles, redrawn_share, names = SINGLES, REDRAWN, 1  # names: questions for the name of one thing, in each language
+    first: tuple[str, ...] = ()  # tasks that are asked before others, of which some find no place
 
     def __init__(self, drawings: Drawings, concepts: list[Concept], held_out: set[Concept], seed: int):
         self.album, self.seed = Album(drawings, concepts), seed
@@ -78,14 +91,19 @@ class Composer:
 
     def compose(self, epoch: int, index: int) -> list[dict]:
         """Return the samples about a picture in the order in which they should be used."""
-        picture, _, _, rows, places = self.rows(epoch, index)
+        found = self.rows(epoch, index)
+        picture, places = found.picture, found.places
         return [
             {"images": [picture], "phrases": phrases(row, places), "messages": [
                 {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]},
-                {"role": "assistant", "content": [{"type": "text", "text": row.answer}]},
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ]}
-            for row in rows
+            for row, answer in zip(found.rows, self.answers(found, epoch, index), strict=True)
         ]  # fmt: skip
+
+    def answers(self, found: Composed, epoch: int, index: int) -> list[str]:
+        """Return the answer that training uses for each question: the right one."""
+        return [row.answer for row in found.rows]
 
     def rows(self, epoch: int, index: int) -> Composed:
         """Return a picture with its questions."""
@@ -101,7 +119,7 @@ class Composer:
         pool = self.pools[style]
         concept = rng.choice(pool)
         drawing = rng.choice(self.album.rows[style][concept])
-        names = [("name", language, False) for language in LANGUAGES]
+        names = [("name", language, False) for language in LANGUAGES] * self.names
         wanted = [(task, language, False) for task in ("choice", "category", "yes_no") for language in LANGUAGES]
         once = () if redrawn else ("colour", "background", "caption")
         wanted += [(task, rng.choice(LANGUAGES), False) for task in once]
@@ -115,7 +133,7 @@ class Composer:
             ground, shade, _ = choose_ground(rng, [painted.hidden])
             picture, colour = draw_single(rng, painted.sprite, shade), painted.colour
         asked = single_rows(rng, index, concept, colour, ground, pool, names + wanted)
-        return Composed(picture, style, concept.slug, asked, {concept: [WHOLE]})
+        return Composed(picture, style, [Thing(concept, ALONE, WHOLE, colour)], asked)
 
     def redrawn(self, rng, drawing: int) -> Image.Image:
         """Return a picture of a drawing that is changed as strongly as those from which the tower learned."""
@@ -126,7 +144,7 @@ class Composer:
         return Image.fromarray((x[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
 
     def scene(self, rng, index: int, style: str, redrawn: bool = False) -> Composed:
-        """Return what `rows` returns, for a scene; the questions are in random order."""
+        """Return what `rows` returns, for a scene; those of `first` come first, then the others in random order."""
         pool = self.scene_pools[style]
         answers = rng.choice((None, only_left, only_above))
         things, ground, picture = self.album.compose(rng, style, pool, answers, redrawn)
@@ -136,10 +154,8 @@ class Composer:
         rows += self.choices(rng, things, pool)
         rows = [row for row in rows if rng.random() < ASKED.get(row.task, 1)]
         rng.shuffle(rows)
-        places = {}
-        for thing in things:
-            places.setdefault(thing.concept, []).append(tuple(value / SIZE for value in thing.box))
-        return Composed(picture, style, ",".join(thing.concept.slug for thing in things), rows, places)
+        rows.sort(key=lambda row: row.task not in self.first)
+        return Composed(picture, style, things, rows)
 
     def choices(self, rng, things: list[Thing], pool: list[Concept]) -> list[Row]:
         """Return the question which of four things a scene shows, in both languages.
@@ -170,9 +186,9 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     composer, rows = open_composer(args.seed), []
     for index in tqdm(range(args.pictures), desc="pictures"):
-        picture, style, slugs, asked, _ = composer.rows(args.epoch, index)
-        data = encode(picture, 70)
-        rows += [make_row(data, style, slugs, row, with_box=True) for row in asked]
+        found = composer.rows(args.epoch, index)
+        data = encode(found.picture, 70)
+        rows += [make_row(data, found.style, found.slugs, row, with_box=True) for row in found.rows]
     write(rows, args.output, args.seed, shuffle=False)
 
 
