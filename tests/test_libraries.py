@@ -42,12 +42,12 @@ def texts(outputs):
     return [text for answers in outputs for text in [answers[0]["generated_text"]]]
 
 
-@pytest.fixture(scope="module")
-def ask(tmp_path_factory):
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def ask(request, tmp_path_factory):
     """Return the pipeline of a tiny folder with remote code; its answers depend on picture and question."""
     folder = tmp_path_factory.mktemp("a model")
     model = save(folder)
-    pipe = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True, device="cpu", dtype=torch.float32)
+    pipe = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True, device="cpu", dtype=request.param)
     assert type(pipe.model) is not type(model), "the code in the folder is loaded, not this checkout's"
     return pipe
 
