@@ -39,6 +39,7 @@ from minivlm.hub.publish import ReleaseError, publish
 from minivlm.model.backbones import build
 from minivlm.model.loading import check_names, load_trained, save_model
 from minivlm.model.lora import add_lora
+from minivlm.model.packed_attention import use_packed_attention
 from minivlm.model.parts import check_gradients, freeze
 from minivlm.training.checkpoints import STOPPED, StopSignal, check_disk, resume, save_checkpoint
 from minivlm.training.device import SHARDED, compile_blocks, largest_micro_batch, make_accelerator
@@ -171,6 +172,8 @@ def prepare_model(model: torch.nn.Module, args: TrainArgs, accelerator: Accelera
     check_disk(model, args.output_dir)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if args.packing and not args.attn_implementation and accelerator.device.type == "cpu":
+        use_packed_attention(model.model.language_model)
     if args.compile:
         compile_blocks(model, accelerator.device)
     return adapter

@@ -37,7 +37,9 @@ class ModelArgs:
         None, "Train a LoRA adapter instead of whole matrices, as r=16,alpha=32,targets=decoder (or vision, all)."
     )
     attn_implementation: str | None = option(
-        None, "eager, sdpa, flex_attention or flash_attention_2. Left out: sdpa where the decoder can."
+        None,
+        "eager, sdpa, sdpa_packed, flex_attention or flash_attention_2. Left out: sdpa where the decoder can, with "
+        "packing on a CPU sdpa_packed.",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
 
