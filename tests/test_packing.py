@@ -1,5 +1,6 @@
 """Packs: full, within both budgets, each row once, the same for every number of ranks, and trained on as rows are."""
 
+import json
 import random
 from collections import Counter
 
@@ -172,3 +173,15 @@ def test_a_mix_reaches_the_batches_of_training(tmp_path):
         plan = make_plan(rows, ENCODER, args, quiet=True)
         drawn = Counter(rows.source_number(index) for batch in plan.batches(0) for unit in batch for index in unit)
         assert drawn == {0: 20, 1: 20}
+
+
+def test_tokens_are_counted_without_padding(tmp_path):
+    """Rows of two lengths side by side: the log tells the tokens of the rows, and how many were computed in vain."""
+    data = write(tmp_path / "rows.parquet", [row("word " * (1 + 40 * (i % 2)), seed=i) for i in range(16)])
+    lengths = [len(ENCODER(load_rows([data]).sample(i))["input_ids"]) for i in range(16)]
+    options = [*TINY, "--data", data, "--max_steps", "1"]
+    for packing, size, padding in (("true", "1", 0.0), ("false", "16", 1 - sum(lengths) / 16 / max(lengths))):
+        folder = tmp_path / packing
+        train_accelerate.main([*options, "--packing", packing, "--batch_size", size, "--output_dir", str(folder)])
+        assert losses(folder, "padding") == [pytest.approx(padding, abs=1e-4)]
+        assert json.loads((folder / "run.json").read_text())["tokens"] == sum(lengths)

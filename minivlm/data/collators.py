@@ -9,7 +9,10 @@ from minivlm.data.encoder import IGNORE
 
 
 def _finish(batch: dict, labels: torch.Tensor, samples: list[dict]) -> dict:
-    """Add what both collators share: labels and the positions that predict them, pictures, places, bad rows."""
+    """Add what both collators share: labels and the positions that predict them, pictures, places, bad rows.
+
+    `tokens` counts those of the rows, without padding and without the blank row.
+    """
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, T): what each position predicts
     batch["logits_to_keep"] = targets != IGNORE
     batch["shift_labels"] = targets[batch["logits_to_keep"]][None]  # (1, K)
@@ -19,6 +22,7 @@ def _finish(batch: dict, labels: torch.Tensor, samples: list[dict]) -> dict:
     grounding = [(i, found) for i, sample in enumerate(samples) if (found := sample.get("grounding")) is not None]
     if grounding:
         batch["grounding"] = torch.cat([torch.cat([torch.full((len(f), 1), i), f], dim=1) for i, f in grounding])
+    batch["tokens"] = sum(len(sample["input_ids"]) for sample in samples if sample["places"])
     batch["places"] = [place for sample in samples for place in sample["places"]]
     batch["bad_rows"] = [bad for sample in samples for bad in sample["bad_rows"]]
     batch["epoch"] = max(sample["epoch"] for sample in samples)

@@ -27,9 +27,14 @@ class Reporter:
         self.main, self.flops, self.output = accelerator.is_main_process, FlopCounter(model), Path(args.output_dir)
         total = None if max_steps == sys.maxsize else max_steps
         self.bar = tqdm(total=total, initial=state.step, unit="step", disable=not self.main, dynamic_ncols=True)
-        self.window = {"start": time.perf_counter(), "tokens": state.tokens, "rows": state.rows, "flops": 0}
+        self.window = self.new_window()
         if args.trackers:
             self.start_trackers()
+
+    def new_window(self) -> dict[str, float]:
+        """Return what is counted since the last line of the log."""
+        now = {"start": time.perf_counter(), "tokens": self.state.tokens, "rows": self.state.rows}
+        return now | {"flops": 0, "padding": 0}
 
     def start_trackers(self) -> None:
         """Tell the trackers the options and the name of the run."""
@@ -43,6 +48,7 @@ class Reporter:
         """Count a step; write a line of the log every `log_every` steps and at the last one."""
         self.bar.update(1)
         self.window["flops"] += self.flops(totals["tokens"], totals["pictures"], totals["answers"])
+        self.window["padding"] += totals["padding"]
         if not (self.main and (self.state.step % self.args.log_every == 0 or self.state.step == self.max_steps)):
             return
         speed = self.measure_speed()
@@ -50,7 +56,8 @@ class Reporter:
         left = minutes_left(self.state, self.max_steps, self.args.max_minutes)
         use = f"MFU {entry['mfu']:.1%}" if "mfu" in entry else f"{entry['tflops']:.2f} TFLOP/s"
         self.bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, {entry['tokens_per_second']:,} tokens/s, "
+            f"loss {metrics['loss']:.3f}, {entry['tokens_per_second']:,} tokens/s "
+            f"(and {entry['padding']:.0%} padding), "
             f"{entry['samples_per_second']:,} rows/s, {use}, {entry['memory_gib']:.1f} GiB"
             + (f", {left:.1f} min left" if left is not None else "")
         )
@@ -60,16 +67,20 @@ class Reporter:
         self.accelerator.log(numbers, step=self.state.step)
 
     def measure_speed(self) -> dict[str, float]:
-        """Return tokens/s, rows/s, TFLOP/s and memory since the last line of the log, and start to count anew."""
-        now, state, window = time.perf_counter(), self.state, self.window
-        seconds = now - window["start"]
-        speed = {"tokens_per_second": round((state.tokens - window["tokens"]) / seconds)}
+        """Return tokens/s, rows/s, TFLOP/s and memory since the last line of the log, and start to count anew.
+
+        Tokens and FLOPs are those of the rows; `padding` is its share of all tokens that were computed.
+        """
+        state, window = self.state, self.window
+        seconds, tokens = time.perf_counter() - window["start"], state.tokens - window["tokens"]
+        speed = {"tokens_per_second": round(tokens / seconds)}
+        speed["padding"] = round(window["padding"] / max(1, tokens + window["padding"]), 4)
         speed["samples_per_second"] = round((state.rows - window["rows"]) / seconds, 1)
         speed["tflops"] = round(window["flops"] / seconds / 1e12, 3)
         if peak := self.peak():
             speed["mfu"] = round(window["flops"] / seconds / peak, 4)
         speed["memory_gib"] = round(self.memory() / 2**30, 2)
-        self.window = {"start": now, "tokens": state.tokens, "rows": state.rows, "flops": 0}
+        self.window = self.new_window()
         return speed
 
     def evaluation(self, metrics: dict, sheet: Image.Image | None) -> None:

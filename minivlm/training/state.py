@@ -26,7 +26,7 @@ class State:
     """Counts that a checkpoint restores beside weights and optimizer; the order of the data follows from `step`."""
 
     step: int = 0
-    tokens: int = 0
+    tokens: int = 0  # without padding
     rows: int = 0
     seconds: float = 0.0
     bad_rows: Counter = field(default_factory=Counter)
@@ -65,7 +65,8 @@ def count_totals(accelerator: Accelerator, group: list[dict], stop: bool) -> dic
     `row_checksum` sums checksums of the rows' places: the same rows give the same sum, whatever the number of ranks.
     """
     own = {"answers": sum(int((batch["shift_labels"] != IGNORE).sum()) for batch in group)}
-    own["tokens"] = sum(batch["input_ids"].numel() for batch in group)
+    own["tokens"] = sum(batch["tokens"] for batch in group)
+    own["padding"] = sum(batch["input_ids"].numel() for batch in group) - own["tokens"]
     own["pictures"] = sum(len(batch["pixel_values"]) for batch in group if "pixel_values" in batch)
     own["rows"] = sum(len(batch["places"]) for batch in group)
     own["row_checksum"] = sum(zlib.crc32(place.encode()) for batch in group for place in batch["places"])
