@@ -22,6 +22,7 @@ COMMANDS = {  # name -> what it does; the module is minivlm.commands.NAME
     "convert": "Join parts to a new model, read MiniMind's weights, export to LLaVA, Qwen3 and ONNX.",
     "publish": "Upload a trained model to the Hugging Face Hub.",
     "plot": "Draw the loss and the scores of training runs.",
+    "benchmark": "Measure how fast a model trains and answers, beside its peers.",
     "benchmark-data": "Measure how fast rows become batches.",
 }
 

@@ -16,7 +16,7 @@ LEVELS = [
     ["minivlm.data", "minivlm.model", "minivlm.hub"],
     ["minivlm.inference"],
     ["minivlm.evaluation", "minivlm.training", "minivlm.convert", "minivlm.asking"],
-    ["minivlm.app", "minivlm.server"],
+    ["minivlm.app", "minivlm.server", "minivlm.benchmark"],
     ["train_accelerate"],
     ["minivlm.commands"],  # above train_accelerate, which `minivlm train` starts
     ["minivlm.__main__", "tools", "examples", "app"],

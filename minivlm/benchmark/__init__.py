@@ -1,0 +1,1 @@
+"""Measure how fast the model trains and answers, beside its peers and the machine's floor."""

@@ -1,0 +1,64 @@
+"""Time answers: the first token of one, and each further token of one or of several at once."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from minivlm.benchmark.floors import decoding_floor, first_token_floor
+from minivlm.benchmark.measure import alternate
+from minivlm.benchmark.peers import minimind_v_generate
+from minivlm.benchmark.rows import make_prompt
+from minivlm.benchmark.shapes import Shape, make_llava, make_ours
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def generate(model, prompt: dict, new: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Return a greedy answer of `new` tokens by transformers' `generate`."""
+    model = model.to(dtype).eval()
+    inputs = prompt | {"pixel_values": prompt["pixel_values"].to(dtype)}
+    model.generation_config.eos_token_id = None
+
+    @torch.no_grad()
+    def work() -> None:
+        model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+
+    return work
+
+
+def answer_sides(shape: Shape, batch: int, new: int, peer: str | None) -> dict[str, Callable[[], None]]:
+    """Return the sides of a comparison of `batch` answers of `new` tokens; the first is what ratios refer to."""
+    prompt = make_prompt(shape, batch)
+
+    def found() -> Iterator[tuple[str, Callable]]:
+        for word, dtype in DTYPES.items():
+            if peer:
+                yield f"MiniMind-V's own loop, {word}", minimind_v_generate(peer, shape, prompt, new, dtype)
+            yield f"LLaVA + Qwen 3, {word}", generate(make_llava(shape), prompt, new, dtype)
+            yield f"ours, {word}", generate(make_ours(shape), prompt, new, dtype)
+
+    return dict(found())
+
+
+def time_answers(
+    shape: Shape, batch: int, rounds: int, peer: str | None
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return the seconds to the first token, and those of all further tokens of an answer, of each side and round.
+
+    The second is the time of a whole answer without that of its first token, in the same round.
+    """
+    new = shape.answer
+    first, whole = (answer_sides(shape, batch, count, peer) for count in (1, 1 + new))
+    work = {f"{name}: first token": side for name, side in first.items()}
+    work |= {f"{name}: whole answer": side for name, side in whole.items()}
+    floors = {f"floor, {word}": dtype for word, dtype in DTYPES.items()}
+    for name, dtype in floors.items():
+        work[f"{name}: first token"] = first_token_floor(shape, dtype)
+        work[f"{name}: one token"] = decoding_floor(shape, batch, dtype)
+    seconds = alternate(work, rounds)
+    to_first = {name: seconds[f"{name}: first token"] for name in (*first, *floors)}
+    further = {
+        name: [all_ - one for all_, one in zip(seconds[f"{name}: whole answer"], to_first[name], strict=True)]
+        for name in first
+    }
+    return to_first, further | {name: [new * t for t in seconds[f"{name}: one token"]] for name in floors}

@@ -1,0 +1,103 @@
+"""Measure how fast the model trains and answers, beside its peers and the machine's floor.
+
+    minivlm benchmark training
+    minivlm benchmark training answers --shape . --threads 2 --json speed.json
+    minivlm benchmark --minimind_v FOLDER     (a checkout of its repository)
+
+All sides have random weights, the same sizes and the same rows, and take turns; figures are medians over rounds, with
+the lowest and the highest. The floor is the time of the matrix products alone, at the same sizes and precision.
+"""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from minivlm.benchmark.answering import time_answers
+from minivlm.benchmark.measure import alternate, machine, summarise
+from minivlm.benchmark.rows import draw_lengths, make_rows
+from minivlm.benchmark.shapes import SHAPES, Shape, read_shape
+from minivlm.benchmark.training import training_sides
+from minivlm.cli import Parser, positive
+
+TOPICS = ("training", "answers")
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    """Return the options."""
+    parser = Parser(__doc__, prog="minivlm benchmark")
+    add = parser.add_argument
+    add("topics", nargs="*", metavar="TOPIC", help="training, answers. Default: both.")
+    add("--shape", default="minimind-3v", help=f"{', '.join(SHAPES)}, or a model's folder. Default: minimind-3v.")
+    add("--rows", type=positive, nargs="+", default=[4, 12], help="Rows of a training step. Default: 4 12.")
+    add("--batch", type=positive, nargs="+", default=[1, 8], help="Answers at once. Default: 1 8.")
+    add("--rounds", type=positive, default=5, help="Rounds that count. Default: 5.")
+    add("--threads", type=positive, default=1, help="Threads of torch. Default: 1.")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="Of training. Default: bfloat16.")
+    add("--minimind_v", metavar="FOLDER", help="A checkout of MiniMind-V to compare with.")
+    add("--json", metavar="FILE", help="Also write all times to this file.")
+    args = parser.parse_args(argv)
+    if unknown := set(args.topics) - set(TOPICS):
+        parser.error(f"{sorted(unknown)[0]} is no topic. Topics are {' and '.join(TOPICS)}.")
+    return args
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def show(title: str, unit: str, rows: list[dict]) -> dict:
+    """Print a table of the sides, as Markdown; return it with its title."""
+    say(f"\n**{title}**\n\n| side | {unit} | lowest to highest | ratio |\n|---|---|---|---|")
+    for row in rows:
+        figures = [
+            f"{row[key]:,.3g}" if row[key] < 100 else f"{row[key]:,.0f}" for key in ("rate", "lowest", "highest")
+        ]
+        say(f"| {row['side']} | {figures[0]} | {figures[1]} to {figures[2]} | {row['ratio']:.2f} |")
+    return {"title": title, "unit": unit, "sides": rows}
+
+
+def benchmark_training(shape: Shape, args: Namespace) -> list[dict]:
+    """Time training steps of each number of rows; return the tables."""
+    tables, dtype = [], getattr(torch, args.dtype)
+    for count in args.rows:
+        rows = make_rows(shape, draw_lengths(shape, count))
+        sides = training_sides(shape, rows, dtype, args.minimind_v)
+        seconds = alternate(sides, args.rounds)
+        lengths = [len(sample["input_ids"]) for sample in rows.samples]
+        sizes = f"{count} rows of {min(lengths)} to {max(lengths)} tokens, {rows.tokens:,} in all"
+        title = f"training step, {sizes}, {args.dtype}"
+        table = show(title, "rows/s", summarise(seconds, dict.fromkeys(sides, count), next(iter(sides))))
+        tables.append(table | {"seconds": seconds})
+    return tables
+
+
+def benchmark_answers(shape: Shape, args: Namespace) -> list[dict]:
+    """Time answers of each number at once; return the tables."""
+    tables = []
+    for batch in args.batch:
+        first, further = time_answers(shape, batch, args.rounds, args.minimind_v)
+        base = next(iter(first))
+        for title, unit, seconds, amount in (
+            (f"first token, {batch} at once", "per second", first, batch),
+            (f"further tokens, {batch} at once", "tokens/s", further, batch * shape.answer),
+        ):
+            table = show(title, unit, summarise(seconds, dict.fromkeys(seconds, amount), base))
+            tables.append(table | {"seconds": seconds})
+    return tables
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the tables of the topics."""
+    args = parse_args(argv)
+    shape = read_shape(args.shape)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    about = machine() | {"shape": args.shape, "rounds": args.rounds}
+    say("\n".join(f"{key}: {value}" for key, value in about.items()))
+    works = {"training": benchmark_training, "answers": benchmark_answers}
+    tables = [table for topic in args.topics or TOPICS for table in works[topic](shape, args)]
+    if args.json:
+        Path(args.json).write_text(json.dumps({"machine": about, "tables": tables}, indent=1))
