@@ -16,7 +16,8 @@ from minivlm.app.sentences import EXAMPLES, LANGUAGES, NAME_QUESTION, SENTENCES,
 from minivlm.app.talk import Talk
 from minivlm.asking import question_about
 from minivlm.commands.app import parse_args
-from minivlm.inference import Decoding, option_scores
+from minivlm.inference import Decoding
+from minivlm.reading import option_scores
 
 # Conversations
 

@@ -14,7 +14,7 @@ LEVELS = [
     ["remote", "minivlm.cli", "minivlm.resources"],
     ["minivlm.pages", "minivlm.terminal"],
     ["minivlm.data", "minivlm.model", "minivlm.hub"],
-    ["minivlm.inference"],
+    ["minivlm.inference", "minivlm.reading"],
     ["minivlm.evaluation", "minivlm.training", "minivlm.convert", "minivlm.asking"],
     ["minivlm.app", "minivlm.server", "minivlm.benchmark"],
     ["train_accelerate"],

@@ -23,8 +23,8 @@ from helpers.models import ROOT, save
 from minivlm.commands.evaluate import main as evaluate
 from minivlm.data.rows import load_rows
 from minivlm.evaluation.scoring import GENERATIVE, prompts
-from minivlm.inference import answer
 from minivlm.model.loading import load_processor
+from minivlm.reading import answer
 
 TEST = ROOT / "data" / "test.parquet"
 NEEDS = '{} is not installed; pip install ".[libraries]" in the checkout'

@@ -17,10 +17,10 @@ from helpers.models import ROOT, VISION, make_model, make_pixels, make_processor
 from helpers.training import CONFIG, TINY, losses, run
 from minivlm.data.pictures import decode_image
 from minivlm.evaluation.scoring import evaluate, normalise, prompts, wilson
-from minivlm.inference import option_scores
 from minivlm.model.backbones import build
 from minivlm.model.loading import load_trained
 from minivlm.model.parts import check_gradients, freeze
+from minivlm.reading import option_scores
 from minivlm.training.checkpoints import newest_checkpoint
 from minivlm.training.optimizers import build_optimizers, schedule
 from minivlm.training.options import parse_args

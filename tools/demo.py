@@ -21,9 +21,9 @@ from minivlm.commands import train_tower
 from minivlm.data.rows import filter_rows, load_rows
 from minivlm.evaluation.contact_sheet import answers_page, contact_sheet
 from minivlm.evaluation.scoring import evaluate, is_right, print_table, prompts
-from minivlm.inference import answer
 from minivlm.model.loading import load_trained
 from minivlm.pages import write_page
+from minivlm.reading import answer
 from minivlm.training.options import parse_args as parse_train_args
 from tools.emoji import align
 

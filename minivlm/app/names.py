@@ -10,7 +10,8 @@ from transformers.utils import cached_file
 
 from minivlm.app.sentences import NAME_QUESTION
 from minivlm.asking import question_about
-from minivlm.inference import Assistant, Decoding, option_scores
+from minivlm.inference import Assistant, Decoding
+from minivlm.reading import option_scores
 
 BEAMS = 8
 LONGEST = 24  # tokens of a name, the end token included

@@ -3,8 +3,8 @@
 import math
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
@@ -13,7 +13,7 @@ from minivlm.data.bad_rows import BadRow
 from minivlm.data.rows import Rows
 from minivlm.evaluation.captions import mean_cell, word_f1
 from minivlm.evaluation.grounding import RULES, check_box, is_in_place
-from minivlm.inference import answer, answer_loss, rank
+from minivlm.reading import ANSWER_TOKENS, Reading, same_picture
 
 GENERATIVE = ("caption",)  # free text: exact match says little, so these stay out of the overall figure
 CAPTION_TOKENS = 128  # longest caption of a model; 64 would cut some of the embedded data, which have up to 75
@@ -128,35 +128,49 @@ def score_rows(
     items = prompts(rows, processor)
     add_options(items, among)
 
-    def batched(method, chosen: list[int], size: int, doing: str) -> dict[int, object]:
-        return in_batches(partial(method, model, processor), items, chosen, size, "" if quiet else doing)
-
-    by_length = sorted(range(len(items)), key=lambda i: len(items[i]["text"]))
-    captions = [i for i in by_length if items[i]["task"] in GENERATIVE]
-    others = [i for i in by_length if items[i]["task"] not in GENERATIVE]
-    offered = [i for i in by_length if items[i]["options"]]
-    most = max((len(items[i]["options"]) for i in offered), default=1)
-    outputs = batched(answer, others, batch_size, "answering")
-    outputs |= batched(partial(answer, max_new_tokens=CAPTION_TOKENS), captions, batch_size, "writing captions")
-    losses = batched(answer_loss, by_length, batch_size, "reading answers")
-    ranked = batched(rank, offered, max(1, batch_size // most), "ranking options")
-    model.train(was_training)
-    return [result_of(item, outputs[i], losses[i], ranked.get(i)) for i, item in enumerate(items)]
-
-
-def in_batches(
-    method: Callable[[list[dict]], list], items: list[dict], chosen: list[int], size: int, doing: str
-) -> dict[int, object]:
-    """Return what `method` returns for each chosen item, by its place in `items`; `doing` names the progress bar."""
+    bar = tqdm(total=len(items), desc="answering", unit="row", disable=quiet)
     results = {}
-    for start in tqdm(range(0, len(chosen), size), desc=doing, unit="batch", disable=not (doing and chosen)):
-        batch = chosen[start : start + size]
-        try:
-            results |= zip(batch, method([items[i] for i in batch]))
-        except BadRow as error:
-            raise ValueError(
-                f"Rows {batch} hold a bad one: {error}. Evaluation counts every row, so mend it."
-            ) from error
+    with bar:
+        for batch in in_batches(items, batch_size):
+            results |= zip(batch, score_batch(model, processor, [items[i] for i in batch]))
+            bar.update(len(batch))
+    model.train(was_training)
+    return [results[i] for i in range(len(items))]
+
+
+def in_batches(items: list[dict], size: int) -> Iterator[list[int]]:
+    """Yield the places of the items in batches; captions, whose answers are long, stand in batches of their own.
+
+    Items about the same picture stand beside each other, since a batch sees each of its pictures once.
+    """
+    first, order = {}, {}
+    for i, item in enumerate(items):
+        pictures = tuple(same_picture(image) for image in item["images"])
+        order[i] = item["task"] in GENERATIVE, first.setdefault(pictures, i), i
+    for _, group in groupby(sorted(order, key=order.get), key=lambda i: order[i][0]):
+        group = list(group)
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def score_batch(model, processor, batch: list[dict]) -> list[dict]:
+    """Return the result of each item of a batch; the prompts are read once for all that is asked of them.
+
+    Raises:
+        ValueError: a picture cannot be decoded.
+    """
+    try:
+        reading = Reading(model, processor, batch)
+    except BadRow as error:
+        rows = [item["row"] for item in batch]
+        raise ValueError(f"Rows {rows} hold a bad one: {error}. Evaluation counts every row, so mend it.") from error
+    options = [item["options"] or [item["answer"]] for item in batch]
+    scores = reading.scores(options)
+    outputs = reading.answers(CAPTION_TOKENS if batch[0]["task"] in GENERATIVE else ANSWER_TOKENS)
+    results = []
+    for item, output, offered, found in zip(batch, outputs, options, scores, strict=True):
+        loss = -found[offered.index(item["answer"])], len(reading.spoken(item["answer"]))
+        likeliest = max(zip(found, offered))[1] if item["options"] else None
+        results.append(result_of(item, output, loss, likeliest))
     return results
 
 

@@ -6,9 +6,10 @@ The map is the attention from the last token of the prompt to each image token, 
 import torch
 from PIL import Image, ImageDraw
 
+from minivlm.data.pictures import decode_image
 from minivlm.evaluation.contact_sheet import font_for, wrap
 from minivlm.evaluation.scoring import normalise
-from minivlm.inference import answer, encode
+from minivlm.reading import answer
 
 SIDE = 240  # pixels of the longer side of a drawn picture
 STRONGEST = 0.8  # share of red where the attention is highest
@@ -28,7 +29,9 @@ def look(model, processor, item: dict) -> tuple[Image.Image, torch.Tensor, float
     if len(item["images"]) != 1:
         raise ValueError(f"Row {item['row']} has {len(item['images'])} pictures; a map needs exactly one.")
     model.set_attn_implementation("eager")  # the other kinds do not return their weights
-    inputs = encode(processor, [item], [item["text"]], "left", model.device)
+    pictures = [decode_image(image) for image in item["images"]]
+    inputs = processor(text=item["text"], images=pictures, return_tensors="pt", add_special_tokens=False)
+    inputs = inputs.to(model.device)
     layers = model(**inputs, output_attentions=True, use_cache=False).attentions  # each (1, heads, T, T)
     weights = torch.stack([layer[0, :, -1].float().mean(0) for layer in layers]).mean(0).cpu()  # (T,)
     values = weights[inputs["input_ids"][0].cpu() == model.config.image_token_id]  # (I,)

@@ -1,0 +1,122 @@
+"""Read a batch of prompts once, then answer them and score continuations from the same cache.
+
+An evaluation wants three things of a row: an answer, the likelihood of the right answer, and that of each option. All
+of them begin with the same prompt, which is most of the work: the picture, its tokens, the question.
+
+An item is a dict with `text`, the prompt from the chat template, `images`, its pictures, and where options are scored
+`options`; `evaluation/scoring.py` makes items of rows. Letters in shapes: B items, P tokens of the longest prompt
+without its last one, n continuations, L tokens of the longest of them.
+"""
+
+import copy
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from minivlm.data.pictures import decode_image
+
+ANSWER_TOKENS = 64  # longest answer
+
+
+class Reading:
+    """Hold what a model keeps of a batch of prompts, all tokens but the last of each.
+
+    Equal pictures of a batch are seen once.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, items: list[dict]):
+        self.model, self.tokenizer = model, processor.tokenizer
+        marker, expanded = processor.image_token, processor.image_token * processor.image_seq_length
+        inputs = self.tokenizer(
+            [item["text"].replace(marker, expanded) for item in items],
+            return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False,
+        ).to(model.device)  # fmt: skip
+        self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]  # (B, P + 1)
+        self.cache, self.marker = DynamicCache(config=model.config.text_config), marker
+        model.model(
+            input_ids=self.ids[:, :-1], attention_mask=self.mask[:, :-1], position_ids=self.positions[:, :-1],
+            mm_encoder_outputs=self.look(processor, [image for item in items for image in item["images"]]),
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Return the position of each token of the prompts, (B, P + 1); 0 for padding."""
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
+    def look(self, processor: ProcessorMixin, images: list) -> dict | None:
+        """Return the features of the pictures in their order; None if there are none."""
+        if not images:
+            return None
+        numbers = {}
+        places = torch.tensor([numbers.setdefault(same_picture(image), len(numbers)) for image in images])
+        unique = [images[places.tolist().index(i)] for i in range(len(numbers))]
+        pixels = processor.image_processor([decode_image(image) for image in unique], return_tensors="pt")
+        features = self.model.get_image_features(pixels["pixel_values"].to(self.model.device), return_dict=True)
+        return {"image": BaseModelOutputWithPooling(pooler_output=features.pooler_output[places])}
+
+    @torch.inference_mode()
+    def scores(self, continuations: list[list[str]]) -> list[list[float]]:
+        """Return the log-probability of each of an item's continuations as the whole answer, the end token included.
+
+        As many continuations as there are items are read at once.
+        """
+        pairs = [(row, text) for row, texts in enumerate(continuations) for text in texts]
+        found = []
+        for start in range(0, len(pairs), len(self.ids)):
+            found += self.score(pairs[start : start + len(self.ids)])
+        values = iter(found)
+        return [[next(values) for _ in texts] for texts in continuations]
+
+    def score(self, pairs: list[tuple[int, str]]) -> list[float]:
+        """Return the log-probability of each (row, continuation)."""
+        rows = torch.tensor([row for row, _ in pairs], device=self.ids.device)
+        tokens = [self.spoken(text) for _, text in pairs]
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self.ids.device)  # (n, L)
+        lengths = torch.tensor([len(part) for part in tokens], device=self.ids.device)
+        ids = torch.cat([self.ids[rows, -1:], padded[:, :-1]], dim=1)
+        steps = torch.arange(ids.shape[1], device=self.ids.device)
+        asked = steps < lengths[:, None]  # (n, L)
+        cache = copy.deepcopy(self.cache)
+        cache.batch_select_indices(rows)
+        logits = self.model(
+            input_ids=ids, attention_mask=torch.cat([self.mask[rows, :-1], torch.ones_like(ids)], dim=1),
+            position_ids=self.positions[rows, -1:] + steps, past_key_values=cache, use_cache=True,
+            logits_to_keep=asked,
+        ).logits[0].float()  # (K, V)  # fmt: skip
+        chances = logits.log_softmax(-1).gather(1, padded[asked][:, None])[:, 0]
+        return [part.sum().item() for part in chances.split(lengths.tolist())]
+
+    def spoken(self, text: str) -> torch.Tensor:
+        """Return the tokens of a whole answer, (L,), with the end token; a picture's marker in it means no picture."""
+        whole = text.replace(self.marker, "") + self.tokenizer.eos_token
+        ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids)
+
+    @torch.inference_mode()
+    def answers(self, max_new_tokens: int = ANSWER_TOKENS) -> list[str]:
+        """Return the greedy answer to each prompt. This uses the cache up: call it last."""
+        output = self.model.generate(
+            input_ids=self.ids, attention_mask=self.mask, past_key_values=self.cache, max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )  # fmt: skip
+        return self.tokenizer.batch_decode(output[:, self.ids.shape[1] :], skip_special_tokens=True)
+
+
+def same_picture(image) -> object:
+    """Return what equal pictures share: encoded bytes are compared, other pictures are told apart by identity."""
+    return image if isinstance(image, bytes) else id(image)
+
+
+def option_scores(model: PreTrainedModel, processor: ProcessorMixin, items: list[dict]) -> list[list[float]]:
+    """Return the log-probability of each of an item's `options` as the whole answer, the end token included."""
+    return Reading(model, processor, items).scores([item["options"] for item in items])
+
+
+def answer(
+    model: PreTrainedModel, processor: ProcessorMixin, items: list[dict], max_new_tokens: int = ANSWER_TOKENS
+) -> list[str]:
+    """Return the greedy answer to each item of a batch."""
+    return Reading(model, processor, items).answers(max_new_tokens)
