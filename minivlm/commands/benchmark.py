@@ -31,6 +31,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("topics", nargs="*", metavar="TOPIC", help="training, answers. Default: both.")
     add("--shape", default="minimind-3v", help=f"{', '.join(SHAPES)}, or a model's folder. Default: minimind-3v.")
     add("--rows", type=positive, nargs="+", default=[4, 12], help="Rows of a training step. Default: 4 12.")
+    add("--tokens", type=positive, help="Tokens of each row. Default: captions and instructions of many lengths.")
     add("--batch", type=positive, nargs="+", default=[1, 8], help="Answers at once. Default: 1 8.")
     add("--rounds", type=positive, default=5, help="Rounds that count. Default: 5.")
     add("--threads", type=positive, default=1, help="Threads of torch. Default: 1.")
@@ -63,7 +64,7 @@ def benchmark_training(shape: Shape, args: Namespace) -> list[dict]:
     """Time training steps of each number of rows; return the tables."""
     tables, dtype = [], getattr(torch, args.dtype)
     for count in args.rows:
-        rows = make_rows(shape, draw_lengths(shape, count))
+        rows = make_rows(shape, [args.tokens] * count if args.tokens else draw_lengths(shape, count))
         sides = training_sides(shape, rows, dtype, args.minimind_v)
         seconds = alternate(sides, args.rounds)
         lengths = [len(sample["input_ids"]) for sample in rows.samples]
