@@ -43,8 +43,7 @@ function become(next, problem) {
 
 /** Give a file to the worker, which says whether it is a picture. */
 function give(file) {
-  URL.revokeObjectURL(element("preview").src);
-  element("preview").src = URL.createObjectURL(file);
+  element("preview").src = URL.createObjectURL(file); // kept: the answers show it, too
   element("preview").hidden = false;
   element("invitation").hidden = true;
   reason = undefined;
@@ -72,11 +71,13 @@ function ask() {
 function write(piece) {
   if (!current.row) {
     current.row = document.createElement("li");
-    const [question, answer] = [document.createElement("p"), document.createElement("p")];
+    const [image, question, answer] = ["img", "p", "p"].map((tag) => document.createElement(tag));
+    image.src = element("preview").src;
+    image.alt = "";
     question.className = "asked";
     question.textContent = current.question;
     answer.className = "answer";
-    current.row.append(question, answer);
+    current.row.append(image, question, answer);
     element("answers").prepend(current.row);
   }
   current.text += piece;

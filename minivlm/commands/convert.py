@@ -19,7 +19,7 @@ from minivlm.convert.files import check_free
 from minivlm.convert.from_minimind import from_minimind
 from minivlm.convert.join import join
 from minivlm.convert.llava import to_causal_lm, to_llava
-from minivlm.convert.onnx_generate import SUFFIXES
+from minivlm.convert.quantize import DTYPES as WEIGHTS
 from minivlm.convert.to_minimind import to_minimind
 from minivlm.convert.to_onnx import to_onnx
 from minivlm.convert.to_web import to_web
@@ -129,7 +129,10 @@ def add_to_web(commands) -> None:
     add_export(commands, "to_web", TO_WEB)
     parser = commands.choices["to_web"]
     parser.add_argument(
-        "--dtype", choices=sorted(SUFFIXES), default="q8", help="Data type of the graphs. Default: q8."
+        "--dtype",
+        choices=WEIGHTS,
+        default="q8",
+        help="How to store weights; q8: 8 bits, 16 for the tower. Default: q8.",
     )
     parser.add_argument(
         "--library", type=Path, metavar="DIR", help="Folder with npm's archives of transformers.js, to copy its files."

@@ -49,15 +49,18 @@ def generate(folder: str | Path, inputs: dict[str, np.ndarray], max_new_tokens: 
 
 
 def open_graphs(folder: Path) -> list:
-    """Return the onnxruntime sessions of tower with projector, embeddings and decoder, in the folder's data type."""
+    """Return the onnxruntime sessions of tower with projector, embeddings and decoder, in the folder's data types."""
     import onnxruntime  # of the extra `onnx`
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    suffix = SUFFIXES[config.get("transformers.js_config", {}).get("dtype", "fp32")]
+    dtypes = config.get("transformers.js_config", {}).get("dtype", "fp32")  # of all graphs, or of each
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # widen 8-bit weights once, not at every token
-    files = [folder / "onnx" / f"{name}{suffix}.onnx" for name in (VISION, EMBED, DECODER)]
-    return [onnxruntime.InferenceSession(file, options) for file in files]
+    sessions = []
+    for name in (VISION, EMBED, DECODER):
+        suffix = SUFFIXES[dtypes if isinstance(dtypes, str) else dtypes[name]]
+        sessions.append(onnxruntime.InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx", options))
+    return sessions
 
 
 def read_settings(folder: Path) -> dict:

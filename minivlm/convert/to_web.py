@@ -57,7 +57,7 @@ def to_web(
     Args:
         source: folder or Hub id of a MiniVLM.
         out: new folder.
-        dtype: data type of the graphs, "q8", "fp16" or "fp32".
+        dtype: how to store the weights, a key of `DTYPES`.
         library: folder with npm's archives of `LIBRARY`. The page then loads no file of another host.
         verify: also compare the graphs with our model before their weights are rounded; a difference is an error.
 
@@ -85,7 +85,7 @@ def to_web(
     where = f"{CDN}, with checked digests" if library is None else "the folder itself: it works without a network"
     return [
         *lines,
-        f"graphs in {dtype}: {sum(sizes) / 1e6:.1f} MB",
+        f"graphs ({dtype}): {sum(sizes) / 1e6:.1f} MB",
         f"transformers.js comes from {where}",
         f"To look at it: python -m http.server --bind 127.0.0.1 --directory {out}",
     ]
