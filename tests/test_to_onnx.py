@@ -159,7 +159,7 @@ def released(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_clip(tmp_path_factory):
-    """A model with a CLIP tower and random weights, since transformers.js takes no ResNet; and its graphs."""
+    """A model with a CLIP tower and random weights, and its graphs; test_web_browser.py asks the released model."""
     folder = tmp_path_factory.mktemp("clip")
     set_seed(0)
     model, processor = build(parse_args(["--model_config", "clip_small.json"]))

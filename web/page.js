@@ -18,7 +18,7 @@ const worker = new Worker(address, { type: "module" });
 function speak() {
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   for (const node of document.querySelectorAll("[data-say]")) node.textContent = say(node.dataset.say);
-  for (const node of document.querySelectorAll("[data-label]")) node.setAttribute("aria-label", say(node.dataset.label));
+  for (const node of document.querySelectorAll("[data-label]")) node.ariaLabel = say(node.dataset.label);
   for (const button of element("examples").children) button.title = button.example[language];
   element("language").textContent = say("other");
   element("language").lang = language === "zh" ? "en" : "zh-CN";

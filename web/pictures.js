@@ -38,14 +38,18 @@ export async function decode(file) {
   return { data, width, height };
 }
 
-/** Resize an RGB picture with the arithmetic of Pillow's Image.resize: rows first, then columns, both in 8 bits. */
+/** Resize an RGB picture with the arithmetic of Pillow's Image.resize: one side after the other, in 8 bits each. */
 export function resize(picture, width, height, filter) {
-  const rows = width === picture.width ? picture : pass(picture, width, true, filter);
-  return height === picture.height ? rows : pass(rows, height, false, filter);
+  const lost = picture.height - height;
+  const heightFirst = lost > 0 && lost > 2 * (picture.width - width); // so does Pillow 13, to save time
+  if (heightFirst) picture = pass(picture, height, false, filter);
+  picture = pass(picture, width, true, filter);
+  return pass(picture, height, false, filter);
 }
 
-/** Resize along one side. */
+/** Resize along one side, unless it has the wanted size already. */
 function pass(picture, size, horizontal, filter) {
+  if (size === (horizontal ? picture.width : picture.height)) return picture;
   const from = horizontal ? picture.width : picture.height;
   const weights = coefficients(from, size, filter);
   const width = horizontal ? size : picture.width;

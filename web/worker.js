@@ -59,10 +59,7 @@ async function load() {
   // One thread: more need headers that static servers rarely send, and a model this small gains little from them.
   Object.assign(js.env.backends.onnx.wasm, { wasmPaths: { mjs: factory }, wasmBinary: wasm, numThreads: 1 });
   const processor = await js.AutoProcessor.from_pretrained("model");
-  const model = await js.AutoModelForImageTextToText.from_pretrained("model", {
-    device: "wasm",
-    session_options: { extra: { session: { disable_quant_qdq: "1" } } }, // widen 8-bit weights once, not at every token
-  });
+  const model = await js.AutoModelForImageTextToText.from_pretrained("model", { device: "wasm" });
   // WASM never yields by itself: let the message "stop" in before each token.
   const forward = model.forward.bind(model);
   const { port1, port2 } = new MessageChannel();

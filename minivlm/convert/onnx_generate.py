@@ -54,12 +54,10 @@ def open_graphs(folder: Path) -> list:
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtypes = config.get("transformers.js_config", {}).get("dtype", "fp32")  # of all graphs, or of each
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # widen 8-bit weights once, not at every token
     sessions = []
     for name in (VISION, EMBED, DECODER):
         suffix = SUFFIXES[dtypes if isinstance(dtypes, str) else dtypes[name]]
-        sessions.append(onnxruntime.InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx", options))
+        sessions.append(onnxruntime.InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx"))
     return sessions
 
 

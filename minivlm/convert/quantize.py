@@ -1,8 +1,9 @@
 """Store the weights of ONNX graphs in 8 or 16 bits; the arithmetic stays fp32.
 
-An operator in front of each use widens the weight. onnxruntime's `quantize_dynamic` would also round what flows
-between the operators, by instructions that differ from one processor to the next: a browser and Python would not
-always answer alike, and of 200 questions to the released model eleven got another answer than in fp32.
+A Cast, and for 8 bits a Mul, widen each weight; onnxruntime does it once, when it loads the graph. Its own
+`quantize_dynamic` would also round what flows between the operators, by instructions that differ from one processor to
+the next: a browser and Python would not always answer alike, and of 200 questions to the released model eleven got
+another answer than in fp32. So would onnxruntime by itself if it found a DequantizeLinear in place of Cast and Mul.
 """
 
 from pathlib import Path
@@ -51,8 +52,8 @@ def store_weights(model, dtype: str) -> None:
             continue
         small = f"{name}_{'rows' if node.op_type == 'Gather' else axis}"
         if small not in done:
-            graph.initializer.extend(round_weight(stored[name], axis, small, dtype, node.op_type == "Gather"))
-        nodes += look_up(node, small, dtype) if node.op_type == "Gather" else widen(node, axis, small, dtype, done)
+            graph.initializer.extend(round_weight(stored[name], axis, small, dtype))
+        nodes += look_up(node, small, dtype) if node.op_type == "Gather" else widen(node, small, dtype, small in done)
         done.add(small)
     del graph.node[:]
     graph.node.extend(nodes)
@@ -74,12 +75,8 @@ def channel_axis(node, rank: int) -> int | None:
     return 0 if node.op_type == "Conv" else rank - 1
 
 
-def round_weight(tensor, axis: int, name: str, dtype: str, table: bool) -> list:
-    """Return the tensor `name`_small of a weight, and for "q8" `name`_scale: a channel's largest number becomes 127.
-
-    Args:
-        table: keep the scales as a column beside the rows, of which a Gather takes the same rows.
-    """
+def round_weight(tensor, axis: int, name: str, dtype: str) -> list:
+    """Return the tensor `name`_small, and for "q8" `name`_scale, by which a channel's largest number becomes 127."""
     from onnx import numpy_helper
 
     weight = numpy_helper.to_array(tensor)
@@ -89,34 +86,33 @@ def round_weight(tensor, axis: int, name: str, dtype: str, table: bool) -> list:
     scale = np.abs(weight).max(axis=others, keepdims=True) / 127
     scale[scale == 0] = 1
     rounded = np.round(weight / scale).astype(np.int8)
-    scale = scale if table else scale.reshape(-1)
     return [numpy_helper.from_array(rounded, f"{name}_small"), numpy_helper.from_array(scale, f"{name}_scale")]
 
 
-def widen(node, axis: int, name: str, dtype: str, done: set[str]) -> list:
-    """Return the operator, reading a widened weight, and what widens it unless `done` has the name."""
-    from onnx import TensorProto, helper
-
+def widen(node, name: str, dtype: str, exists: bool) -> list:
+    """Return the operator, reading a widened weight, and what widens it unless that exists."""
     node.input[WEIGHTS[node.op_type]] = f"{name}_wide"
-    if name in done:
-        return [node]
-    if dtype == "fp16":
-        return [helper.make_node("Cast", [f"{name}_small"], [f"{name}_wide"], to=TensorProto.FLOAT), node]
-    inputs = [f"{name}_small", f"{name}_scale"]
-    return [helper.make_node("DequantizeLinear", inputs, [f"{name}_wide"], axis=axis), node]
+    return [node] if exists else [*times_scale(f"{name}_small", f"{name}_scale", f"{name}_wide", dtype), node]
 
 
 def look_up(node, name: str, dtype: str) -> list:
     """Return operators that take rows of a table and widen only these."""
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     ids, out = node.input[1], node.output[0]
-    wide = out if dtype == "fp16" else f"{out}_wide"
-    nodes = [
-        helper.make_node("Gather", [f"{name}_small", ids], [f"{out}_small"], axis=0),
-        helper.make_node("Cast", [f"{out}_small"], [wide], to=TensorProto.FLOAT),
-    ]
+    nodes = [helper.make_node("Gather", [f"{name}_small", ids], [f"{out}_small"], axis=0)]
     if dtype == "q8":
         nodes.append(helper.make_node("Gather", [f"{name}_scale", ids], [f"{out}_scale"], axis=0))
-        nodes.append(helper.make_node("Mul", [wide, f"{out}_scale"], [out]))
-    return nodes
+    return [*nodes, *times_scale(f"{out}_small", f"{out}_scale", out, dtype)]
+
+
+def times_scale(small: str, scale: str, wide: str, dtype: str) -> list:
+    """Return operators that widen a tensor to fp32, and for "q8" multiply it by its scale."""
+    from onnx import TensorProto, helper
+
+    if dtype == "fp16":
+        return [helper.make_node("Cast", [small], [wide], to=TensorProto.FLOAT)]
+    return [
+        helper.make_node("Cast", [small], [f"{wide}_unscaled"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{wide}_unscaled", scale], [wide]),
+    ]
