@@ -1,6 +1,8 @@
-"""Find the files that the package carries: tokenizer and chat template of new models, recipes, launch configurations.
+"""Find the files that the package carries: tokenizer and chat template of new models, recipes, launch configurations,
+the page of `convert to_web`.
 
-In a checkout `recipes/` and `configs/` stand at the root, in a wheel inside the package; each has one home in git.
+In a checkout `recipes/`, `configs/` and `web/` stand at the root, in a wheel inside the package; each has one home in
+git.
 Standard library only.
 """
 
@@ -15,7 +17,7 @@ ASSETS = PACKAGE / "assets"  # tokenizer.json, tokenizer_config.json, chat_templ
 
 
 def shipped(folder: str) -> Path:
-    """Return the folder `recipes` or `configs`, wherever this installation has it."""
+    """Return the folder `recipes`, `configs` or `web`, wherever this installation has it."""
     inside = PACKAGE / folder
     return inside if inside.is_dir() else PACKAGE.parent / folder
 
@@ -33,7 +35,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-RECIPES, CONFIGS = shipped("recipes"), shipped("configs")
+RECIPES, CONFIGS, WEB = shipped("recipes"), shipped("configs"), shipped("web")
 
 
 def recipe_names() -> list[str]:

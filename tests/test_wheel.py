@@ -81,7 +81,7 @@ def wheel(tmp_path_factory):
     beside = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
     for name in (*(f"{module}.py" for module in MODULES), *beside):
         shutil.copy(ROOT / name, source)
-    for folder in ("minivlm", "recipes", "configs"):
+    for folder in ("minivlm", "recipes", "configs", "web"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "."]
     subprocess.run(command, cwd=source, check=True, timeout=300, capture_output=True)
@@ -97,6 +97,7 @@ def test_the_wheel_carries_every_file_and_no_other_package(wheel):
     wanted |= {path.relative_to(ROOT).as_posix() for path in (PACKAGE / "assets").iterdir()}
     wanted |= {f"minivlm/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
     wanted |= {f"minivlm/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+    wanted |= {f"minivlm/web/{path.name}" for path in (ROOT / "web").iterdir()}
     assert carried == wanted
 
 

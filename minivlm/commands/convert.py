@@ -19,8 +19,10 @@ from minivlm.convert.files import check_free
 from minivlm.convert.from_minimind import from_minimind
 from minivlm.convert.join import join
 from minivlm.convert.llava import to_causal_lm, to_llava
+from minivlm.convert.quantize import DTYPES as WEIGHTS
 from minivlm.convert.to_minimind import to_minimind
 from minivlm.convert.to_onnx import to_onnx
+from minivlm.convert.to_web import to_web
 from minivlm.model.options import ModelArgs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +40,14 @@ FROM_MINIMIND = """Read MiniMind-V's or MiniMind's weights: .pth, .bin, .safeten
     minivlm convert from_minimind out/full_sft_768.pth --tokenizer model --out runs/minimind_3
 
 MiniMind-V becomes a MiniVLM. MiniMind becomes a decoder of transformers' own class.
+"""
+TO_WEB = """Write a page that asks the model in the browser, without a server: any static server or Space can show it.
+
+    minivlm convert to_web runs/train/final --out runs/page
+
+For a page that loads nothing from other hosts, fetch two archives from npm first; CONVERTING.md has the command.
+
+    minivlm convert to_web runs/train/final --out runs/page --library runs/library
 """
 EXPORTS = {  # command -> function(source, out, verify), and its help
     "to_minimind": (
@@ -114,6 +124,21 @@ def add_export(commands, name: str, doc: str) -> None:
     add_verify(parser)
 
 
+def add_to_web(commands) -> None:
+    """Add the options of `to_web`."""
+    add_export(commands, "to_web", TO_WEB)
+    parser = commands.choices["to_web"]
+    parser.add_argument(
+        "--dtype",
+        choices=WEIGHTS,
+        default="q8",
+        help="How to store weights; q8: 8 bits, 16 for the tower. Default: q8.",
+    )
+    parser.add_argument(
+        "--library", type=Path, metavar="DIR", help="Folder with npm's archives of transformers.js, to copy its files."
+    )
+
+
 def read_mapping(text: str) -> dict:
     """Return a JSON object of the command line as a dictionary."""
     try:
@@ -133,6 +158,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_from_minimind(commands)
     for name, (_, doc) in EXPORTS.items():
         add_export(commands, name, doc)
+    add_to_web(commands)
     return parser.parse_args(argv)
 
 
@@ -144,6 +170,8 @@ def convert(args: argparse.Namespace) -> list[str]:
     if args.command == "from_minimind":
         options = {"tokenizer": args.tokenizer, "vision_model": args.vision_model, "dtype": DTYPES.get(args.dtype)}
         return from_minimind(args.source, args.out, **options, verify=args.verify)
+    if args.command == "to_web":
+        return to_web(args.source, args.out, args.dtype, args.library, args.verify)
     function, _ = EXPORTS[args.command]
     return function(args.source, args.out, args.verify)
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-VISION, EMBED, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"  # files are NAME.onnx
+VISION, EMBED, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized"}  # data type -> end of the name: files are NAME_fp16.onnx
 
 
 def generate(folder: str | Path, inputs: dict[str, np.ndarray], max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the most likely continuation of each prompt.
 
     Args:
-        folder: made by `to_onnx`.
+        folder: made by `to_onnx`, or the folder `model` made by `to_web`.
         inputs: `input_ids` and `attention_mask` (B, T), int64, padded on the left, and `pixel_values` (N, 3, H, W) if
             there are pictures. The processor returns them with `return_tensors="np"`.
         max_new_tokens: upper limit of an answer.
@@ -48,10 +49,16 @@ def generate(folder: str | Path, inputs: dict[str, np.ndarray], max_new_tokens: 
 
 
 def open_graphs(folder: Path) -> list:
-    """Return the onnxruntime sessions of tower with projector, embeddings and decoder."""
+    """Return the onnxruntime sessions of tower with projector, embeddings and decoder, in the folder's data types."""
     import onnxruntime  # of the extra `onnx`
 
-    return [onnxruntime.InferenceSession(folder / "onnx" / f"{name}.onnx") for name in (VISION, EMBED, DECODER)]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dtypes = config.get("transformers.js_config", {}).get("dtype", "fp32")  # of all graphs, or of each
+    sessions = []
+    for name in (VISION, EMBED, DECODER):
+        suffix = SUFFIXES[dtypes if isinstance(dtypes, str) else dtypes[name]]
+        sessions.append(onnxruntime.InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx"))
+    return sessions
 
 
 def read_settings(folder: Path) -> dict:

@@ -30,9 +30,7 @@ def to_onnx(source: str | Path, out: str | Path, verify: bool = False) -> list[s
     Raises:
         ValueError: a package is not installed, torch's exporter cannot trace the model, or the comparison failed.
     """
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"The package {package} is not installed. Install all: pip install {' '.join(PACKAGES)}")
+    check_packages()
     model, processor = load_trained(source)
     model.float().eval()
     with new_folder(out) as folder:
@@ -42,6 +40,13 @@ def to_onnx(source: str | Path, out: str | Path, verify: bool = False) -> list[s
         if verify:
             lines += compare(model, folder)
     return lines + settings
+
+
+def check_packages() -> None:
+    """Raise ValueError if one of `PACKAGES` is not installed."""
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"The package {package} is not installed. Install all: pip install {' '.join(PACKAGES)}")
 
 
 @torch.no_grad()

@@ -1,0 +1,58 @@
+// Hold what the page says, in English and Chinese. Chinese characters are those of the font beside the page.
+export const NAME_QUESTION = { en: "What is this? Answer with the name.", zh: "这是什么？只回答名称。" };
+export const SENTENCES = {
+  en: {
+    other: "中文 (Chinese)",
+    intro: "A small model that answers questions about a picture, in your browser.",
+    picture: "Picture",
+    choose: "Choose a picture",
+    drop: "or drop or paste one here",
+    examples: "Examples",
+    question: "Question",
+    ask: "Ask",
+    stop: "Stop",
+    sample: "Vary the answers",
+    answers: "Answers",
+    loading: "Loading",
+    load: "Loading the model…",
+    ready: "Ready.",
+    answering: "Answering…",
+    private: "Pictures and questions stay on this device: the model runs here, and nothing is sent.",
+    stopped: "stopped",
+    empty: "Choose a picture first.",
+    kind: "This file is not a picture that your browser can read. Choose a PNG, JPEG, WebP or GIF file.",
+    large: "This picture is too large. The limit is 20 MB and 50 million pixels. Choose a smaller one.",
+    failed: "This did not work: {}",
+  },
+  zh: {
+    other: "English",
+    intro: "一个小模型，看图片，回答你的提问。",
+    picture: "图片",
+    choose: "选择一张图片",
+    drop: "或者放到这里",
+    examples: "试一试",
+    question: "你想问什么",
+    ask: "提问",
+    stop: "停止",
+    sample: "随机回答",
+    answers: "回答",
+    loading: "正在打开",
+    load: "正在打开模型…",
+    ready: "可以提问了。",
+    answering: "正在回答…",
+    private: "图片和提问只留在这台电脑或手机上，不会发出：模型在这里运行。",
+    stopped: "停止了",
+    empty: "请选择一张图片。",
+    kind: "这不是能打开的图片。请选择 PNG、JPEG、WebP 或 GIF 图片。",
+    large: "图片太大：不能大于 20 MB 或 50,000,000 个像点。请选择小一点的。",
+    failed: "没有成功：{}",
+  },
+};
+
+// Questions about the example pictures; a picture that is not beside the page is left out.
+export const EXAMPLES = [
+  { file: "pig-face.png", en: NAME_QUESTION.en, zh: NAME_QUESTION.zh },
+  { file: "blue-square.png", en: "What is its main color?", zh: "它的主要颜色是什么？" },
+  { file: "purple-heart.png", en: NAME_QUESTION.en, zh: NAME_QUESTION.zh },
+  { file: "horse.png", en: "What kind of thing is this?", zh: "这属于哪一类？" },
+];
