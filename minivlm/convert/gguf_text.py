@@ -31,8 +31,8 @@ PARTS = {  # of a block: name in Qwen3 -> name in llama.cpp
 }
 # Changes of our chat template for llama.cpp; each left side stands in it once.
 TEMPLATE_CHANGES = {
-    # llama.cpp gives the parts of a message only to a template that walks through an empty list. Others get one string,
-    # without the newline between a picture and a question.
+    # llama.cpp gives the parts of a message only to a template that walks through an empty list. Others get one
+    # string, without the newline between a picture and a question.
     "{%- elif message.content %}": "{%- elif message.content is defined and message.content is not none %}",
     "part.type in ['image', 'image_url']": "part.type in ['image', 'image_url', 'media_marker']",
     # The server writes its own marker for a picture, a new one in each process.
@@ -88,8 +88,8 @@ def read_tokenizer(processor: ProcessorMixin) -> dict:
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     if split_name(tokenizer) is None:
         raise ValueError(
-            "llama.cpp has no name for how this tokenizer splits a text: to_gguf knows byte-level BPE with the pattern of "
-            "Qwen 2 or of GPT-2. Export the decoder by to_causal_lm, and convert it by llama.cpp's own converter."
+            "llama.cpp has no name for how this tokenizer splits a text: it is not byte-level BPE with the pattern of "
+            "Qwen 2 or GPT-2. Export the decoder by to_causal_lm, and convert it by llama.cpp's own converter."
         )
     return tokenizer
 

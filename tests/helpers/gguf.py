@@ -32,6 +32,7 @@ class LlamaCpp:
         # No extra of setup.cfg has it: where there is no wheel, its installation compiles llama.cpp.
         self.llama = llama_cpp = importlib.import_module("llama_cpp")
         self.mtmd = mtmd_cpp = importlib.import_module("llama_cpp.mtmd_cpp")
+        self.mtmd.mtmd_log_set(importlib.import_module("llama_cpp._logger").llama_log_callback, None)
         path = str(next(Path(folder).glob("model-*.gguf")))
         self.model = llama_cpp.Llama(
             path, n_ctx=context, n_batch=context, n_threads=1, n_threads_batch=1, verbose=False
@@ -42,6 +43,13 @@ class LlamaCpp:
         pictures = str(next(Path(folder).glob("mmproj-*.gguf")))
         self.context = mtmd_cpp.mtmd_init_from_file(pictures.encode(), self.model.model, options)
         assert self.context is not None, f"llama.cpp does not load {pictures}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.mtmd.mtmd_free(self.context)
+        self.model.close()
 
     def read(self, prompt, pictures):
         """Evaluate a prompt with a `MARKER` for each PIL picture, from an empty cache."""
