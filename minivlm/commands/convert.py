@@ -20,6 +20,7 @@ from minivlm.convert.from_minimind import from_minimind
 from minivlm.convert.join import join
 from minivlm.convert.llava import to_causal_lm, to_llava
 from minivlm.convert.quantize import DTYPES as WEIGHTS
+from minivlm.convert.to_gguf import FILE_TYPES, to_gguf
 from minivlm.convert.to_minimind import to_minimind
 from minivlm.convert.to_onnx import to_onnx
 from minivlm.convert.to_web import to_web
@@ -49,6 +50,13 @@ For a page that loads nothing from other hosts, fetch two archives from npm firs
 
     minivlm convert to_web runs/train/final --out runs/page --library runs/library
 """
+TO_GGUF = """Write GGUF files for llama.cpp, Ollama and LM Studio: the decoder, and tower with projector beside it.
+
+    minivlm convert to_gguf runs/train/final --out runs/gguf
+    llama-server -m runs/gguf/model-F16.gguf --mmproj runs/gguf/mmproj-F16.gguf
+
+Pictures need a SigLIP tower and the default projector. --text_only writes the decoder of any model.
+"""
 EXPORTS = {  # command -> function(source, out, verify), and its help
     "to_minimind": (
         to_minimind,
@@ -66,7 +74,7 @@ EXPORTS = {  # command -> function(source, out, verify), and its help
     ),
     "to_causal_lm": (
         to_causal_lm,
-        """Write the decoder alone, ours as Qwen3ForCausalLM; llama.cpp's converter starts from it.
+        """Write the decoder alone, ours as Qwen3ForCausalLM.
 
     minivlm convert to_causal_lm runs/train/final --out runs/decoder --verify
 """,
@@ -139,6 +147,19 @@ def add_to_web(commands) -> None:
     )
 
 
+def add_to_gguf(commands) -> None:
+    """Add the options of `to_gguf`."""
+    parser = add_command(commands, "to_gguf", TO_GGUF)
+    parser.add_argument("source", help="Folder or Hub id of a MiniVLM.")
+    parser.add_argument(
+        "--outtype", choices=FILE_TYPES, default="f16", help="Data type of the matrices. Default: f16."
+    )
+    parser.add_argument("--text_only", action="store_true", help="Write the decoder alone, without pictures.")
+    parser.add_argument(
+        "--force", action="store_true", help="Also write a tower with a class token, which llama.cpp gets wrong."
+    )
+
+
 def read_mapping(text: str) -> dict:
     """Return a JSON object of the command line as a dictionary."""
     try:
@@ -159,6 +180,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, (_, doc) in EXPORTS.items():
         add_export(commands, name, doc)
     add_to_web(commands)
+    add_to_gguf(commands)
     return parser.parse_args(argv)
 
 
@@ -172,6 +194,9 @@ def convert(args: argparse.Namespace) -> list[str]:
         return from_minimind(args.source, args.out, **options, verify=args.verify)
     if args.command == "to_web":
         return to_web(args.source, args.out, args.dtype, args.library, args.verify)
+    if args.command == "to_gguf":
+        options = {name: getattr(args, name) for name in ("outtype", "text_only", "force")}
+        return to_gguf(args.source, args.out, **options)
     function, _ = EXPORTS[args.command]
     return function(args.source, args.out, args.verify)
 
