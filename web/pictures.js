@@ -1,5 +1,5 @@
 // Make of a picture file what Python's processor makes of it: upright, on white, in RGB, resized as Pillow resizes.
-// The browser's own resizing differs so much that answers change.
+// A canvas would resize in another way in every browser; this gives the same pixels everywhere.
 
 export const MOST_BYTES = 20e6;
 export const MOST_PIXELS = 50e6;
