@@ -1,4 +1,4 @@
-"""GGUF files in llama.cpp itself, by llama-cpp-python: logits, answers and token ids are ours. These tests are slow."""
+"""GGUF files in llama.cpp itself, by llama-cpp-python: logits, answers and token ids are ours. Slow tests."""
 
 import numpy as np
 import pytest
