@@ -5,6 +5,7 @@ evaluation are answered and scored by `minivlm/reading.py`.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
@@ -15,6 +16,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
+from minivlm.constrained import FollowGrammar, vocabulary
 from minivlm.data.encoder import Encoder
 from minivlm.data.pictures import decode_image
 
@@ -26,6 +28,7 @@ class Decoding:
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0  # sample among the likeliest tokens that have this share of the probability
+    grammar: str | None = None  # of `compile_schema` or `compile_tools`: the answer follows it
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -46,10 +49,11 @@ class Decoding:
 
 
 class Answer(NamedTuple):
-    """An answer and the number of its tokens, the end token included."""
+    """An answer, the number of its tokens, the end token included, and whether that came before the limit."""
 
     text: str
     tokens: int
+    ended: bool = True
 
 
 class Assistant:
@@ -65,8 +69,11 @@ class Assistant:
         self.encoder = Encoder(processor)
         self.room = getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 30
 
-    def encode(self, messages: list[dict]) -> dict[str, torch.Tensor]:
+    def encode(self, messages: list[dict], **options) -> dict[str, torch.Tensor]:
         """Return `input_ids` (T,) of a conversation and `pixel_values` (N, 3, H, W), empty without pictures.
+
+        Args:
+            options: of the chat template, as `tools` and `enable_thinking`.
 
         Raises:
             ValueError: a picture cannot be read, or the chat template refuses the conversation.
@@ -76,19 +83,19 @@ class Assistant:
         # A name would let who writes the messages read files; a URL would be fetched.
         if strange := [image for image in images if not isinstance(image, bytes | Path | Image.Image)]:
             raise ValueError(f"not a picture: {type(strange[0]).__name__}. Give bytes, a Path or a Pillow picture.")
-        ids = self.tokens(messages)
+        ids = self.tokens(messages, **options)
         decoded = [decode_image(image) for image in images]
         pixels = self.encoder.pixels(decoded) if decoded else torch.empty(0)
         return {"input_ids": torch.tensor(ids), "pixel_values": pixels}
 
-    def tokens(self, messages: list[dict]) -> list[int]:
-        """Return the tokens of a conversation; its pictures are not looked at.
+    def tokens(self, messages: list[dict], **options) -> list[int]:
+        """Return the tokens of a conversation; its pictures are not looked at. `options` are the chat template's.
 
         Raises:
             ValueError: the chat template refuses the conversation.
         """
         try:
-            return self.encoder.tokenize_messages(messages, add_generation_prompt=True)[0]
+            return self.encoder.tokenize_messages(messages, add_generation_prompt=True, **options)[0]
         except TemplateError as error:
             raise ValueError(f"The chat template refuses the conversation: {error}") from error
 
@@ -115,19 +122,35 @@ class Assistant:
         inputs = dict(self.tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(self.model.device))
         if pixels := [chat["pixel_values"] for chat in encoded if len(chat["pixel_values"])]:
             inputs["pixel_values"] = torch.cat(pixels).to(self.model.device)
+        if decoding.grammar is not None:
+            inputs["logits_processor"] = [self.follow(decoding.grammar)]
         return inputs | decoding.arguments()
+
+    def ends(self) -> list[int]:
+        """Return the tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+    @cached_property
+    def vocabulary(self):
+        """Return the tokens as `FollowGrammar` reads them."""
+        return vocabulary(self.tokenizer, self.model.get_output_embeddings().weight.shape[0], self.ends())
+
+    def follow(self, grammar: str) -> FollowGrammar:
+        """Return the argument of `generate` by which answers follow a grammar; take a new one for each call."""
+        return FollowGrammar(grammar, self.vocabulary)
 
     @torch.inference_mode()
     def answer(self, encoded: list[dict], decoding: Decoding = Decoding()) -> list[Answer]:
         """Return the answers to a batch of conversations that `encode` returned."""
         inputs = self.batch(encoded, decoding)
         output = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-        ends = self.model.generation_config.eos_token_id
-        ends = torch.tensor([] if ends is None else ends, device=output.device)
+        ends = torch.tensor(self.ends(), device=output.device)
         running = (torch.isin(output, ends).cumsum(1) == 0).sum(1)  # (B,): tokens before the end token
         lengths = (running + 1).clamp(max=output.shape[1]).tolist()
         texts = [self.decode(ids[:length].tolist()) for ids, length in zip(output, lengths)]
-        return [Answer(text, length) for text, length in zip(texts, lengths)]
+        ended = (running < output.shape[1]).tolist()
+        return [Answer(*answer) for answer in zip(texts, lengths, ended)]
 
     def stream(self, encoded: dict, decoding: Decoding = Decoding()) -> "AnswerStream":
         """Start the answer to one conversation that `encode` returned; iterate over the result for its pieces."""

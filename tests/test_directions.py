@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # one level; these do not import each other.
 LEVELS = [
     ["remote", "minivlm.cli", "minivlm.resources"],
-    ["minivlm.pages", "minivlm.terminal"],
-    ["minivlm.data", "minivlm.model", "minivlm.hub"],
+    ["minivlm.pages", "minivlm.terminal", "minivlm.json_schema"],
+    ["minivlm.data", "minivlm.model", "minivlm.hub", "minivlm.constrained", "minivlm.tool_calls"],
     ["minivlm.inference", "minivlm.reading"],
     ["minivlm.evaluation", "minivlm.training", "minivlm.convert", "minivlm.asking"],
     ["minivlm.app", "minivlm.server", "minivlm.benchmark"],

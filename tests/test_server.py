@@ -27,6 +27,7 @@ from helpers.server import chat
 from helpers.serving import PATIENCE, save_endless, wait
 from minivlm.asking import question_about
 from minivlm.inference import Assistant, Decoding
+from minivlm.json_schema import compile_schema
 from minivlm.model.loading import load_trained
 
 MISSING = [name for name in ("fastapi", "openai", "uvicorn") if find_spec(name) is None]
@@ -151,6 +152,21 @@ def test_an_answer_is_that_of_minivlm_ask_streamed_or_not(server, assistant, pic
         assert last.usage.completion_tokens == wanted.tokens
         given.add(wanted.text)
     assert len(given) >= 4, "answers that do not depend on the conversation would hide a mix-up"
+
+
+def test_an_answer_fits_a_schema(server, assistant, pictures):
+    """It is the answer of `minivlm ask --schema`, streamed or not; one that is cut says so."""
+    pytest.importorskip("llguidance")
+    kinds = {"type": "object", "properties": {"kind": {"enum": ["animal", "食物"]}}, "required": ["kind"]}
+    form = {"type": "json_schema", "json_schema": {"name": "kinds", "schema": kinds, "strict": True}}
+    message, api = chat(pictures[0], "What is it?")["messages"], client(server[0])
+    encoded = assistant.encode([question_about(pictures[:1], "What is it?")])
+    [wanted] = assistant.answer([encoded], Decoding(grammar=compile_schema(kinds)))
+    assert json.loads(wanted.text)["kind"] in kinds["properties"]["kind"]["enum"]
+    assert ask(api, message, response_format=form) == wanted.text
+    assert "".join(streamed(api, message, response_format=form)[0]) == wanted.text
+    done = api.chat.completions.create(model=NAME, messages=message, response_format=form, max_tokens=3)
+    assert done.choices[0].finish_reason == "length"
 
 
 def test_an_answer_has_at_most_the_tokens_that_are_asked_for(server, assistant, pictures):

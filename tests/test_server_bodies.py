@@ -11,7 +11,14 @@ from PIL import Image
 
 from helpers.server import PICTURE, Inner, ask, chat, encode, make_guard, turns, url
 from minivlm.data.pictures import decode_image
+from minivlm.json_schema import compile_schema
 from minivlm.server import launch
+
+
+def form(schema):
+    """Return a request for JSON that fits a schema."""
+    return chat("a", response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
+
 
 USER = {"role": "user", "content": "Hello"}
 HOSTILE = {  # name: (body, status, a word of the message)
@@ -26,6 +33,10 @@ HOSTILE = {  # name: (body, status, a word of the message)
     "two answers": (chat("a", n=2), 400, "`n` is not supported; it must be 1"),
     "stop": (chat("a", stop=["x"]), 400, "`stop` is not supported"),
     "tools": (chat("a", tools=[{"type": "function"}]), 400, "`tools` is not supported"),
+    "some JSON": (chat("a", response_format={"type": "json_object"}), 400, "`response_format` must be"),
+    "no schema": (chat("a", response_format={"type": "json_schema", "json_schema": {"name": "a"}}), 400, "must be"),
+    "hostile schema": (form({"$ref": "http://169.254.169.254/"}), 400, "nothing is fetched"),
+    "large schema": (form({"enum": ["a" * 70_000]}), 400, "response_format: more than 65,536 bytes"),
     "logit_bias": (chat("a", logit_bias={"5": 100}), 400, "`logit_bias` is not supported"),
     "long answer": (chat("a", max_tokens=21), 400, "`max_tokens` 21 must be a whole number from 1 to 20"),
     "no answer": (chat("a", max_completion_tokens=0), 400, "from 1 to 20"),
@@ -114,6 +125,18 @@ def test_a_request_passes_with_known_fields_alone():
     texts = [part["text"] for m in seen["messages"] for part in m["content"] if part["type"] == "text"]
     assert texts == ["Be brief.", "Hello", "pig face", "这是什么？"]
     assert all(set(m) == {"role", "content"} for m in seen["messages"])
+
+
+def test_a_schema_becomes_a_grammar(monkeypatch):
+    pytest.importorskip("llguidance")
+    guard = make_guard(inner := Inner(), prepare=lambda name, decoding: json.dumps(decoding))
+    schema = {"type": "object", "properties": {"猪": {"type": "boolean"}}}
+    for body in (form(schema), chat("a"), chat("a", response_format={"type": "text"})):
+        assert ask(guard, body)[0] == 200
+    grammars = [json.loads(body["generation_config"]).get("grammar") for body in inner.bodies]
+    assert grammars == [compile_schema(schema), None, None]
+    monkeypatch.setattr("minivlm.json_schema.find_spec", lambda name: None)
+    assert b"pip install minivlm[schema]" in ask(guard, form(schema))[1]
 
 
 def test_decoding_is_greedy_and_of_full_length_unless_asked():

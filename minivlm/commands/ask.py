@@ -4,14 +4,19 @@
     minivlm ask before.png after.png "Which picture shows a cat?" --json
     minivlm ask - "这是什么？" < photo.jpg
     minivlm ask "Which animal says moo?" --temperature 0.7
+    minivlm ask photo.jpg "What is this?" --schema schema.json
 
 The last argument is the question, those before it are pictures; - is a picture on standard input. Only the answer goes
 to standard output. With --json it is one object: pictures, question, answer, seconds from question to answer, and the
 tokens of the answer.
+
+With --schema the answer is JSON that fits a JSON Schema: each token that would break it is left out. That says how the
+answer looks, not that it is right. It needs a package: pip install minivlm[schema].
 """
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -26,6 +31,7 @@ from minivlm.asking import (
     read_picture,
 )
 from minivlm.cli import Parser
+from minivlm.json_schema import check_package, compile_schema, read_schema
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -38,6 +44,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("words", nargs="+", metavar="PICTURE ... QUESTION", help="Files, then what to ask.")
     add_model_options(parser, max_new_tokens=256)
     add_sampling_options(parser)
+    parser.add_argument("--schema", metavar="FILE", help="Answer in JSON that fits the JSON Schema in this file.")
     parser.add_argument("--json", action="store_true", help="Print a JSON object instead of the answer alone.")
     args = parser.parse_mixed_args(argv)
     *args.pictures, args.question = args.words
@@ -49,16 +56,29 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the answer."""
+    """Print the answer.
+
+    Raises:
+        ValueError: an argument is wrong, or the answer does not fit a schema because the limit of tokens cut it.
+    """
     args = parse_args(argv)
     decoding = decoding_of(args)
+    if args.schema:
+        check_package("--schema")
+        decoding = replace(decoding, grammar=compile_schema(read_schema(args.schema), args.schema))
     pictures = [decode_named(name, read_picture(name)) for name in args.pictures]  # before the model: it loads longer
     assistant = load_assistant(args)
     start = perf_counter()
     [answer] = assistant.answer([assistant.encode([question_about(pictures, args.question)])], decoding)
+    if args.schema and not answer.ended:
+        raise ValueError(
+            f"The answer was cut after {answer.tokens} tokens, before its JSON ended. Raise --max_new_tokens "
+            f"{args.max_new_tokens}, or set maxLength and maxItems in {args.schema}."
+        )
     if not args.json:
         print(answer.text)
         return
-    result = {"pictures": args.pictures, "question": args.question, "answer": answer.text}
+    said = json.loads(answer.text) if args.schema else answer.text
+    result = {"pictures": args.pictures, "question": args.question, "answer": said}
     result |= {"seconds": round(perf_counter() - start, 3), "tokens": answer.tokens}
     print(json.dumps(result, ensure_ascii=False))

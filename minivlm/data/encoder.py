@@ -40,9 +40,18 @@ def escape_control_tokens(messages: list[dict], control: re.Pattern) -> list[dic
     def part(content, role: str):
         return {**content, "text": clean(content["text"], role)} if content["type"] == "text" else content
 
+    def every(value):
+        """Clean all texts inside of a value: a model can spell control tokens in the arguments of a call, too."""
+        if isinstance(value, dict):
+            return {key: every(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [every(item) for item in value]
+        return clean(value, "") if isinstance(value, str) else value
+
     return [
         {
             **m,
+            **{key: every(m[key]) for key in ("reasoning_content", "tool_calls") if key in m},
             "content": clean(m["content"], m["role"])
             if isinstance(m["content"], str)
             else [part(c, m["role"]) for c in m["content"]],
@@ -112,16 +121,17 @@ class Encoder:
         return encoder
 
     def tokenize_messages(
-        self, messages: list[dict], add_generation_prompt: bool = False
+        self, messages: list[dict], add_generation_prompt: bool = False, **options
     ) -> tuple[list[int], list[int]]:
         """Return the token ids and labels of a conversation, image placeholders expanded, both of length T.
 
-        `add_generation_prompt` opens one more turn at the end, which the model is to write.
+        `add_generation_prompt` opens one more turn at the end, which the model is to write. `options` are further
+        ones of the chat template, as `tools`.
         """
         escaped = escape_control_tokens(messages, self.control)
         encoded = self.tokenizer.apply_chat_template(
             escaped, add_generation_prompt=add_generation_prompt,
-            tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+            tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options,
         )  # fmt: skip
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         if escaped != messages:

@@ -12,17 +12,20 @@ from PIL import Image
 
 from minivlm.data.bad_rows import BadRow
 from minivlm.data.pictures import MAX_PIXELS, decode_image, from_data_url, open_picture
+from minivlm.json_schema import check_package, compile_schema, parse_schema
 from minivlm.server.limits import Limits, Refusal
 from minivlm.server.remote import fetch
 
 ROLES = ("system", "user", "assistant")
 FIELDS = (
-    "messages", "model", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed"
+    "messages", "model", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed",
+    "response_format",
 )  # fmt: skip
 UNUSED = ("user", "metadata", "store", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key")
+TEXT = {"type": "text"}
 NEUTRAL = {  # field -> its only values: others would change the answer, and the server cannot do it
     "n": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "logprobs": (False,),
-    "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"), "stop": ([],),
+    "tools": ([],), "tool_choice": ("none", "auto"), "stop": ([],),
     "logit_bias": ({},), "modalities": (["text"],), "parallel_tool_calls": (True, False),
 }  # fmt: skip
 
@@ -50,7 +53,7 @@ class Bodies:
 
     def check(self, data: bytes) -> tuple[dict, dict]:
         """Return the request, with pictures as PNG in data: URLs, and how to decode: the arguments of `Decoding`
-        and a seed.
+        and a seed. There is a grammar where the answer has to fit a JSON Schema.
 
         Raises:
             Refusal: it holds anything that the server does not take.
@@ -72,6 +75,8 @@ class Bodies:
         except ValueError as error:
             raise Refusal(str(error), param="messages") from error
         pictures.load()
+        if grammar := grammar_of(body.get("response_format", TEXT)):
+            decoding["grammar"] = grammar
         checked = {"messages": messages, "model": self.name, "stream": body.get("stream") or False}
         return checked, decoding
 
@@ -209,6 +214,28 @@ class PictureParts:
         file = io.BytesIO()
         self.shrink(decode_image(data)).save(file, "PNG", compress_level=1)
         return base64.b64encode(file.getvalue()).decode()
+
+
+def grammar_of(form) -> str | None:
+    """Return the grammar of the JSON that `response_format` asks for; None if it asks for text.
+
+    Raises:
+        Refusal: it asks for something else, or the schema is refused as `minivlm ask --schema` refuses it.
+    """
+    if form == TEXT:
+        return None
+    asked = form.get("json_schema") if isinstance(form, dict) and form.get("type") == "json_schema" else None
+    if not isinstance(asked, dict) or not isinstance(asked.get("schema"), dict):
+        raise Refusal(
+            '`response_format` must be {"type": "text"} or {"type": "json_schema", "json_schema": {"name": ..., '
+            '"schema": {...}}}.', param="response_format",
+        )  # fmt: skip
+    try:
+        check_package("`response_format`")
+        schema = parse_schema(json.dumps(asked["schema"]).encode(), "response_format")
+        return compile_schema(schema, "response_format")
+    except ValueError as error:
+        raise Refusal(str(error), param="response_format") from error
 
 
 def number(body: dict, key: str, limits: tuple[float, float], default: float | None, whole: bool = False):

@@ -80,25 +80,28 @@ def generation_config(assistant: Assistant, name: str, decoding: dict) -> str:
     values = assistant.model.generation_config.to_dict()
     seed = decoding.pop("seed", None)
     values |= Decoding(**decoding).arguments() | {"minivlm_request": name, "minivlm_seed": seed}
+    values["minivlm_grammar"] = decoding.get("grammar")
     return json.dumps(values)
 
 
-def make_stoppable(model, left: set[str]) -> None:
-    """Let `generate` end at the next token once the name of its request is in `left`; draw from the request's seed."""
-    generate = model.generate
+def make_stoppable(assistant: Assistant, left: set[str]) -> None:
+    """Let `generate` end at the next token once the name of its request is in `left`; draw from the request's seed,
+    and follow its grammar."""
+    generate = assistant.model.generate
 
     def stoppable(**inputs):
         config = inputs["generation_config"]
-        name, seed = config.__dict__.pop("minivlm_request"), config.__dict__.pop("minivlm_seed")
+        name, seed, grammar = (config.__dict__.pop(f"minivlm_{key}") for key in ("request", "seed", "grammar"))
         if seed is not None:  # here, where answers are computed one after another
             torch.manual_seed(seed)
 
         def is_left(input_ids, scores, **kwargs) -> torch.Tensor:
             return torch.full((len(input_ids),), name in left, device=input_ids.device)
 
-        return generate(**inputs, stopping_criteria=[is_left])
+        followed = {} if grammar is None else {"logits_processor": [assistant.follow(grammar)]}
+        return generate(**inputs, **followed, stopping_criteria=[is_left])
 
-    model.generate = stoppable
+    assistant.model.generate = stoppable
 
 
 def transformers_app(assistant: Assistant, name: str):
@@ -135,7 +138,7 @@ def build(assistant: Assistant, name: str, limits: Limits, hosts: list[str], key
         return generation_config(assistant, request, decoding)
 
     guard = Guard(transformers_app(assistant, name), bodies, key, prepare)
-    make_stoppable(assistant.model, guard.left)
+    make_stoppable(assistant, guard.left)
     return guard
 
 
