@@ -19,7 +19,7 @@ COMMANDS = {  # name -> what it does; the module is minivlm.commands.NAME
     "train-tower": "Train a vision tower as a classifier of labelled pictures.",
     "evaluate": "Answer the questions of a data set and count the right answers.",
     "preview": "Show what training would see of a data set.",
-    "convert": "Join parts to a new model, read MiniMind's weights, export to LLaVA, Qwen3, ONNX and a web page.",
+    "convert": "Join parts to a new model, read MiniMind's weights, export to LLaVA, ONNX, GGUF and a web page.",
     "publish": "Upload a trained model to the Hugging Face Hub.",
     "plot": "Draw the loss and the scores of training runs.",
     "benchmark": "Measure how fast a model trains and answers, beside its peers.",
