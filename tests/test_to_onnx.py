@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, set_seed
+from transformers import AutoProcessor
 
 from helpers.convert import fails
 from helpers.exports import answers, first_pictures, read
@@ -20,9 +20,6 @@ from minivlm.convert.onnx_generate import generate
 from minivlm.convert.onnx_graphs import VisionEncoder
 from minivlm.convert.to_onnx import compare
 from minivlm.data.pictures import decode_image
-from minivlm.model.backbones import build
-from minivlm.model.loading import save_model
-from minivlm.training.options import parse_args
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -157,19 +154,6 @@ def released(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def small_clip(tmp_path_factory):
-    """A model with a CLIP tower and random weights, and its graphs; test_web_browser.py asks the released model."""
-    folder = tmp_path_factory.mktemp("clip")
-    set_seed(0)
-    model, processor = build(parse_args(["--model_config", "clip_small.json"]))
-    for parameter in model.parameters():  # answers of small random weights do not depend on the picture
-        parameter.data *= 4
-    save_model(model, processor, folder / "model")
-    main(["to_onnx", str(folder / "model"), "--out", str(folder / "out"), "--verify"])
-    return folder
-
-
 @pytest.mark.slow
 def test_the_released_model_answers_the_same(released):
     for inputs, expected in answers(ROOT, first_pictures(), "这是什么？只回答名称。"):
@@ -179,7 +163,7 @@ def test_the_released_model_answers_the_same(released):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("npm"), reason="needs Node.js and npm")
-def test_transformers_js_answers_as_our_model_does(small_clip, tmp_path):
+def test_transformers_js_answers_as_our_model_does(released, tmp_path):
     """The npm package itself, in Node: processor, prompt, graphs and loop are all its own."""
     environment = os.environ | {"ONNXRUNTIME_NODE_INSTALL": "skip"}  # a GPU's libraries, which are not needed
     subprocess.run(["npm", "install", "@huggingface/transformers@4.3"], cwd=tmp_path, env=environment, check=True)
@@ -190,10 +174,10 @@ def test_transformers_js_answers_as_our_model_does(small_clip, tmp_path):
         picture.save(files[-1])
     questions = tmp_path / "questions.json"
     questions.write_text(json.dumps([{"picture": str(path), "text": text} for path in files]), encoding="utf-8")
-    run = subprocess.run(["node", script, small_clip / "out", questions], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(["node", script, released, questions], cwd=tmp_path, capture_output=True, text=True)
     assert not run.returncode, run.stderr
     shown = [decode_image(path.read_bytes()) for path in files]
-    expected = [answer[0] for _, answer in answers(small_clip / "model", shown, text)]
+    expected = [answer[0] for _, answer in answers(ROOT, shown, text)]
     assert (
         len(files) == 24
         and len({tuple(answer) for answer in expected}) > 8
