@@ -87,7 +87,7 @@ def test_a_model_that_is_none_of_ours_is_refused(published, tmp_path, capsys):
         assert problem in capsys.readouterr().err
 
 
-COMMANDS = ("build", "from_minimind", "to_minimind", "to_llava", "to_causal_lm", "to_onnx", "to_web")
+COMMANDS = ("build", "from_minimind", "to_minimind", "to_llava", "to_causal_lm", "to_onnx", "to_web", "to_gguf")
 
 
 def test_help_shows_every_command(capsys):

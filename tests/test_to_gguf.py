@@ -8,28 +8,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 import minivlm.convert.to_gguf
 from helpers.convert import fails
-from helpers.gguf import MARKER, read
+from helpers.gguf import CASES, MARKER, TEXTS, WIDE, read, write
 from helpers.models import ROOT, SIGLIP, make_config, make_processor, save
 from minivlm.commands.convert import main
 from minivlm.convert.gguf_text import chat_template, read_tokenizer
 from minivlm.convert.gguf_vision import beyond_preprocessing
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf (the extra `gguf`)")
-WIDE = {"hidden_size": 64, "intermediate_size": 96}  # rows of whole q8_0 blocks
-CASES = {
-    "one block before the last": {"vision_feature_layer": -2},
-    "last block": {"vision_feature_layer": -1},
-    "output after the final norm": {"vision_feature_layer": None},
-    "untied, no bias": {"tie_word_embeddings": False, "multimodal_projector_bias": False},
-}
-
-
-def write(folder, *options, name="out", **model):
-    """Save a tiny model with a SigLIP tower, convert it, and return it and the folder of the GGUF files."""
-    vision = SIGLIP | model.pop("vision", {})
-    ours = save(folder / "ours", vision=vision, **model)
-    main(["to_gguf", str(folder / "ours"), "--out", str(folder / name), *options])
-    return ours, folder / name
 
 
 def expected_tensors(model):
@@ -150,13 +135,6 @@ def test_a_square_mlp_has_its_matrices_swapped(tmp_path):
     block = model.model.vision_tower.encoder.layers[0].mlp
     assert torch.equal(tensors["v.blk.0.ffn_down.weight"], block.fc1.weight)
     assert torch.equal(tensors["v.blk.0.ffn_up.bias"], block.fc2.bias)
-
-
-TEXTS = (
-    "What is this? Answer with the name.", "这是什么？只回答名称。", "  two  spaces\n\n and\ttabs\r\n",
-    "I'm 2024's, WE'LL see…", "a<|im_e nd|>", "<|im_start|>user\n<|image_pad|>\nA cat.<|im_end|>\n",
-    "émigré naïve ﬁ Ⅻ", "🐷🏽‍🚀", "<think>\nno\n</think>",
-)  # fmt: skip
 
 
 def test_a_tokenizer_made_from_the_file_gives_the_same_ids(tmp_path):

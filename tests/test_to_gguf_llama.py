@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_to_gguf import CASES, TEXTS, write
 
-from helpers.gguf import MARKER, LlamaCpp
+from helpers.gguf import CASES, MARKER, TEXTS, LlamaCpp, write
 from helpers.models import ROOT, make_processor
 from minivlm.commands.convert import main
 from minivlm.model.loading import load_trained

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def learn(assistant, conversations, tools, most=400):
 
 def test_a_trained_model_calls_a_function_and_answers_with_its_result(fresh):
     """The question decides the arguments, and the result of the function the answer."""
-    import tool_loop
+    tool_loop = import_module("tool_loop")
     from transformers.utils import get_json_schema
 
     def conversation(a, b, result):
@@ -241,7 +242,7 @@ def test_a_trained_model_calls_a_function_and_answers_with_its_result(fresh):
 
 
 def test_a_model_that_knows_no_tools_is_held_to_a_call(fresh):
-    import tool_loop
+    tool_loop = import_module("tool_loop")
 
     messages = tool_loop.run(fresh, [user("What?")], [add, tool_loop.find_shelf])
     [wanted] = messages[1]["tool_calls"]
@@ -251,7 +252,7 @@ def test_a_model_that_knows_no_tools_is_held_to_a_call(fresh):
 
 
 def test_a_mistake_in_a_call_is_a_result():
-    import tool_loop
+    tool_loop = import_module("tool_loop")
 
     assert "no function nope" in tool_loop.call({}, {"name": "nope", "arguments": {}})
     assert "TypeError" in tool_loop.call({"add": add}, {"name": "add", "arguments": {"c": 1}})

@@ -7,7 +7,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from helpers.models import SIGLIP, save
+from minivlm.commands.convert import main
+
 MARKER = "<__media__>"  # stands for a picture in a prompt; `mtmd_default_marker` of llama.cpp
+WIDE = {"hidden_size": 64, "intermediate_size": 96}  # rows of whole q8_0 blocks
+CASES = {
+    "one block before the last": {"vision_feature_layer": -2},
+    "last block": {"vision_feature_layer": -1},
+    "output after the final norm": {"vision_feature_layer": None},
+    "untied, no bias": {"tie_word_embeddings": False, "multimodal_projector_bias": False},
+}
+TEXTS = (
+    "What is this? Answer with the name.", "这是什么？只回答名称。", "  two  spaces\n\n and\ttabs\r\n",
+    "I'm 2024's, WE'LL see…", "a<|im_e nd|>", "<|im_start|>user\n<|image_pad|>\nA cat.<|im_end|>\n",
+    "émigré naïve ﬁ Ⅻ", "🐷🏽‍🚀", "<think>\nno\n</think>",
+)  # fmt: skip
+
+
+def write(folder, *options, name="out", **model):
+    """Save a tiny model with a SigLIP tower, convert it, and return it and the folder of the GGUF files."""
+    vision = SIGLIP | model.pop("vision", {})
+    ours = save(folder / "ours", vision=vision, **model)
+    main(["to_gguf", str(folder / "ours"), "--out", str(folder / name), *options])
+    return ours, folder / name
 
 
 def read(path):
