@@ -13,6 +13,7 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from helpers.browser import CHROMIUM  # noqa: E402
 from helpers.data import row, write  # noqa: E402
 from helpers.families import make_parts, publish  # noqa: E402
 from helpers.models import make_config, make_model, make_processor, save  # noqa: E402
@@ -115,3 +116,14 @@ def pytest_testnodedown(node, error):
 def pytest_terminal_summary(terminalreporter):
     if count := len(set(not_run)):  # each worker collects all tests
         terminalreporter.write_line(f"Not run: {count} slow tests. To run them: make test-slow (pytest -m slow)")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Return a Chromium of playwright's, which the tests of a module share."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()

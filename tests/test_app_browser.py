@@ -6,7 +6,6 @@ These tests are slow; `pip install .[app] playwright` and a Chromium are needed.
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -17,13 +16,11 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from helpers.browser import CHROMIUM
 from helpers.models import ROOT
 from helpers.serving import PATIENCE, save_endless, wait
 from minivlm.app.sentences import NAME_QUESTION, SENTENCES
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 ANSWERS_AT_ONCE, QUEUE = 2, 16  # as in minivlm/app/page.py, which imports gradio
 MISSING = [name for name in ("gradio", "playwright") if find_spec(name) is None] + ([] if CHROMIUM else ["chromium"])
 
@@ -69,16 +66,6 @@ def endless_url(tmp_path_factory):
     model = save_endless(tmp_path_factory.mktemp("endless"))
     with serving(model, tmp_path_factory.mktemp("server")) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.browser import CHROMIUM
 from helpers.exports import first_pictures, prompt
 from helpers.models import ROOT
 from helpers.serving import PATIENCE, wait
@@ -27,9 +28,6 @@ from minivlm.convert.to_web import JS, RUNTIME
 from minivlm.data.pictures import decode_image
 from minivlm.model.loading import load_processor
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 MISSING = [name for name in ("onnxruntime", "playwright") if find_spec(name) is None]
 MISSING += [] if CHROMIUM else ["chromium"]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
@@ -77,16 +75,6 @@ def serve():
     yield start
     for server in servers:
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
