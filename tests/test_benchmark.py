@@ -28,7 +28,7 @@ def test_sides_take_turns_and_the_first_round_does_not_count():
 def test_ratios_pair_the_times_of_a_round():
     """A machine that is three times as slow in one round changes no ratio."""
     seconds = {"a": [1.0, 3.0, 1.0], "b": [0.5, 1.5, 0.5]}
-    a, b = summarise(seconds, {"a": 10, "b": 10}, "a")
+    a, b = summarise(seconds, 10, "a")
     assert (a["ratio"], b["ratio"], a["rate"], b["lowest"], b["highest"]) == (1, 2, 10, 10 / 1.5, 20)
 
 

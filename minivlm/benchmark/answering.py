@@ -1,6 +1,7 @@
 """Time answers: the first token of one, and each further token of one or of several at once."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -13,29 +14,29 @@ from minivlm.benchmark.shapes import Shape, make_llava, make_ours
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def generate(model, prompt: dict, new: int, dtype: torch.dtype) -> Callable[[], None]:
-    """Return a greedy answer of `new` tokens by transformers' `generate`."""
+def generate(model, prompt: dict, dtype: torch.dtype) -> Callable[[int], None]:
+    """Return a greedy answer by transformers' `generate`; it takes the number of tokens."""
     model = model.to(dtype).eval()
     inputs = prompt | {"pixel_values": prompt["pixel_values"].to(dtype)}
     model.generation_config.eos_token_id = None
 
     @torch.no_grad()
-    def work() -> None:
+    def work(new: int) -> None:
         model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
 
     return work
 
 
-def answer_sides(shape: Shape, batch: int, new: int, peer: str | None) -> dict[str, Callable[[], None]]:
-    """Return the sides of a comparison of `batch` answers of `new` tokens; the first is what ratios refer to."""
+def answer_sides(shape: Shape, batch: int, peer: str | None) -> dict[str, Callable[[int], None]]:
+    """Return the sides of a comparison of `batch` answers of a number of tokens; ratios refer to the first."""
     prompt = make_prompt(shape, batch)
 
     def found() -> Iterator[tuple[str, Callable]]:
         for word, dtype in DTYPES.items():
             if peer:
-                yield f"MiniMind-V's own loop, {word}", minimind_v_generate(peer, shape, prompt, new, dtype)
-            yield f"LLaVA + Qwen 3, {word}", generate(make_llava(shape), prompt, new, dtype)
-            yield f"ours, {word}", generate(make_ours(shape), prompt, new, dtype)
+                yield f"MiniMind-V's own loop, {word}", minimind_v_generate(peer, shape, prompt, dtype)
+            yield f"LLaVA + Qwen 3, {word}", generate(make_llava(shape), prompt, dtype)
+            yield f"ours, {word}", generate(make_ours(shape), prompt, dtype)
 
     return dict(found())
 
@@ -47,18 +48,17 @@ def time_answers(
 
     The second is the time of a whole answer without that of its first token, in the same round.
     """
-    new = shape.answer
-    first, whole = (answer_sides(shape, batch, count, peer) for count in (1, 1 + new))
-    work = {f"{name}: first token": side for name, side in first.items()}
-    work |= {f"{name}: whole answer": side for name, side in whole.items()}
+    new, sides = shape.answer, answer_sides(shape, batch, peer)
+    work = {f"{name}: first token": partial(side, 1) for name, side in sides.items()}
+    work |= {f"{name}: whole answer": partial(side, 1 + new) for name, side in sides.items()}
     floors = {f"floor, {word}": dtype for word, dtype in DTYPES.items()}
     for name, dtype in floors.items():
-        work[f"{name}: first token"] = first_token_floor(shape, dtype)
+        work[f"{name}: first token"] = first_token_floor(shape, batch, dtype)
         work[f"{name}: one token"] = decoding_floor(shape, batch, dtype)
     seconds = alternate(work, rounds)
-    to_first = {name: seconds[f"{name}: first token"] for name in (*first, *floors)}
+    to_first = {name: seconds[f"{name}: first token"] for name in (*sides, *floors)}
     further = {
         name: [all_ - one for all_, one in zip(seconds[f"{name}: whole answer"], to_first[name], strict=True)]
-        for name in first
+        for name in sides
     }
     return to_first, further | {name: [new * t for t in seconds[f"{name}: one token"]] for name in floors}

@@ -17,7 +17,9 @@ def products(shape: Shape, pictures: int, tokens: int, answers: int, training: b
         tokens: those that the decoder reads, `answers` those for which the LM head is asked.
         training: also the two products of each trained layer's backward pass.
     """
-    model, needed = make_ours(shape), Counter()
+    needed = Counter()
+    with torch.device("meta"):  # sizes alone
+        model = make_ours(shape)
     config = model.config
     patches = config.patch_grid[0] * config.patch_grid[1]
     for name, module in model.named_modules():
@@ -62,7 +64,7 @@ def decoding_floor(shape: Shape, batch: int, dtype: torch.dtype) -> Callable[[],
     return multiply(products(shape, 0, batch, batch, training=False), dtype)
 
 
-def first_token_floor(shape: Shape, dtype: torch.dtype) -> Callable[[], None]:
-    """Return the products for the first token of an answer about a picture."""
-    tokens = shape.config().image_seq_length + shape.prompt
-    return multiply(products(shape, 1, tokens, 1, training=False), dtype)
+def first_token_floor(shape: Shape, batch: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Return the products for the first token of each of `batch` answers about a picture."""
+    tokens = batch * (shape.config().image_seq_length + shape.prompt)
+    return multiply(products(shape, batch, tokens, batch, training=False), dtype)

@@ -1,8 +1,6 @@
 """Time the sides of a comparison by turns, and describe the machine."""
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +8,8 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm.auto import tqdm
+
+from minivlm.training.record import commit, device_name
 
 
 def clock() -> float:
@@ -35,35 +35,26 @@ def alternate(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     return seconds
 
 
-def summarise(seconds: dict[str, list[float]], units: dict[str, float], base: str) -> list[dict]:
-    """Return a row for each side: units per second, and the ratio to the side `base`, both medians over rounds.
+def summarise(seconds: dict[str, list[float]], amount: float, base: str) -> list[dict]:
+    """Return a row for each side: `amount` per second, and the ratio to the side `base`, both medians over rounds.
 
     The ratio pairs the times of one round.
     """
     rows = []
     for name, times in seconds.items():
-        rates = [units[name] / took for took in times]
-        ratios = [units[name] / took / (units[base] / other) for took, other in zip(times, seconds[base], strict=True)]
+        rates = [amount / took for took in times]
+        ratios = [other / took for took, other in zip(times, seconds[base], strict=True)]
         rows.append({"side": name, "rate": statistics.median(rates), "lowest": min(rates), "highest": max(rates),
                      "ratio": statistics.median(ratios)})  # fmt: skip
     return rows
 
 
-def processor_name() -> str:
-    """Return the name of the processor, as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-
-
 def machine() -> dict[str, str | int]:
     """Return what a figure depends on: processor, instructions for bf16, threads, versions, commit."""
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text() if info.is_file() else ""
-    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if f" {flag} " in flags]
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {"processor": processor_name(), "instructions": " ".join(known), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "transformers": transformers.__version__,
-            "commit": asked.stdout.strip() or "not in a checkout"}  # fmt: skip
+    file = Path("/proc/cpuinfo")
+    info = file.read_text() if file.is_file() else ""
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if f" {flag} " in info]
+    return {"processor": names[0] if names else device_name(torch.device("cpu")), "instructions": " ".join(known),
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "commit": commit() or "not in a checkout"}  # fmt: skip

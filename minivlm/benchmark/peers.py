@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, SiglipImageProcessor
 
 from minivlm.benchmark.rows import Rows
 from minivlm.benchmark.shapes import IMAGE, Shape
+from minivlm.data.encoder import IGNORE
 
 
 def make_minimind_v(folder: str, shape: Shape):
@@ -46,7 +47,7 @@ def minimind_v_step(folder: str, shape: Shape, rows: Rows) -> Callable[[], None]
     """Return one step as its trainer does it on a CPU: fp32, each row padded to its full length."""
     model, length = make_minimind_v(folder, shape), shape.padded
     ids = torch.zeros(len(rows.samples), length, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
+    labels = torch.full_like(ids, IGNORE)
     for i, sample in enumerate(rows.samples):
         ids[i, : len(sample["input_ids"])] = sample["input_ids"]
         labels[i, : len(sample["labels"])] = sample["labels"]
@@ -59,13 +60,13 @@ def minimind_v_step(folder: str, shape: Shape, rows: Rows) -> Callable[[], None]
     return step
 
 
-def minimind_v_generate(folder: str, shape: Shape, prompt: dict, new: int, dtype: torch.dtype) -> Callable[[], None]:
-    """Return its own greedy loop for `new` tokens."""
+def minimind_v_generate(folder: str, shape: Shape, prompt: dict, dtype: torch.dtype) -> Callable[[int], None]:
+    """Return its own greedy loop; it takes the number of tokens."""
     model = make_minimind_v(folder, shape).to(dtype).eval()
     pixels = {"pixel_values": prompt["pixel_values"].to(dtype)}
 
     @torch.no_grad()
-    def work() -> None:
+    def work(new: int) -> None:
         model.generate(
             input_ids=prompt["input_ids"], pixel_values=pixels, max_new_tokens=new, do_sample=False, eos_token_id=None,
             top_k=0, top_p=1.0, temperature=1.0,

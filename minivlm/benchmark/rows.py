@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from minivlm.benchmark.shapes import IMAGE, Shape
-
-IGNORE = -100
+from minivlm.data.encoder import IGNORE
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from minivlm.benchmark.peers import minimind_v_step
 from minivlm.benchmark.rows import Rows
 from minivlm.benchmark.shapes import Shape, make_llava, make_ours
 from minivlm.data.collators import PackingCollator, PaddingCollator
+from minivlm.data.encoder import IGNORE
 from minivlm.model.packed_attention import NAME as PACKED
 from minivlm.training.device import compile_blocks
 
@@ -52,7 +53,7 @@ def llava_step(shape: Shape, rows: Rows, dtype: torch.dtype) -> Callable[[], Non
     model = make_llava(shape)
     ids, labels = (
         torch.nn.utils.rnn.pad_sequence([s[key] for s in rows.samples], batch_first=True, padding_value=value)
-        for key, value in (("input_ids", PAD), ("labels", -100))
+        for key, value in (("input_ids", PAD), ("labels", IGNORE))
     )
 
     def step() -> None:

@@ -70,7 +70,7 @@ def benchmark_training(shape: Shape, args: Namespace) -> list[dict]:
         lengths = [len(sample["input_ids"]) for sample in rows.samples]
         sizes = f"{count} rows of {min(lengths)} to {max(lengths)} tokens, {rows.tokens:,} in all"
         title = f"training step, {sizes}, {args.dtype}"
-        table = show(title, "rows/s", summarise(seconds, dict.fromkeys(sides, count), next(iter(sides))))
+        table = show(title, "rows/s", summarise(seconds, count, next(iter(sides))))
         tables.append(table | {"seconds": seconds})
     return tables
 
@@ -85,7 +85,7 @@ def benchmark_answers(shape: Shape, args: Namespace) -> list[dict]:
             (f"first token, {batch} at once", "per second", first, batch),
             (f"further tokens, {batch} at once", "tokens/s", further, batch * shape.answer),
         ):
-            table = show(title, unit, summarise(seconds, dict.fromkeys(seconds, amount), base))
+            table = show(title, unit, summarise(seconds, amount, base))
             tables.append(table | {"seconds": seconds})
     return tables
 
