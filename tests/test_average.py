@@ -18,7 +18,7 @@ def save(folder, seed, **options):
 def test_each_weight_is_the_average_also_a_shared_one(tied, tmp_path):
     first, second = (save(tmp_path / str(seed), seed, tie_word_embeddings=tied) for seed in (1, 2))
     paths = [str(tmp_path / name) for name in ("1", "2")]
-    average.main([*paths, "--share", "0.25", "--output", str(tmp_path / "mean")])
+    average.main([*paths, "--share", "0.25", "--out", str(tmp_path / "mean")])
     mean = load_trained(tmp_path / "mean")[0].state_dict()
     for name, value in mean.items():
         wanted = 0.75 * first.state_dict()[name] + 0.25 * second.state_dict()[name]
@@ -28,7 +28,7 @@ def test_each_weight_is_the_average_also_a_shared_one(tied, tmp_path):
 def test_what_cannot_be_averaged_is_refused(tmp_path):
     save(tmp_path / "1", 1)
     save(tmp_path / "2", 2, text={"intermediate_size": 48})
-    paths = [str(tmp_path / "1"), str(tmp_path / "2"), "--output", str(tmp_path / "mean")]
+    paths = [str(tmp_path / "1"), str(tmp_path / "2"), "--out", str(tmp_path / "mean")]
     with pytest.raises(ValueError, match="has another shape in the other model"):
         average.main(paths)
     with pytest.raises(ValueError, match="--share 1.5 must be from 0"):

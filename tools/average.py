@@ -1,6 +1,6 @@
 """Average the weights of two models of one shape: the point between two runs often answers better than either.
 
-    python -m tools.average runs/first/final runs/second/final --share 0.55 --output runs/average
+    python -m tools.average runs/first/final runs/second/final --share 0.55 --out runs/average
 
 The second run must have begun where the first one ended, or both at the same weights (arXiv 2203.05482): the average
 of unrelated runs answers nothing. Configuration and processor are those of the second. Choose the share by a dev set.
@@ -53,13 +53,13 @@ def main(argv=None) -> None:
     add("first", help="folder of a model")
     add("second", help="folder of a model that was trained further")
     add("--share", default="0.5", help="share of the second, from 0 to 1 (default: 0.5)")
-    add("--output", type=Path, required=True, help="new folder")
+    add("--out", type=Path, required=True, help="new folder")
     args = parser.parse_args(argv)
     part = share(args.share)
-    check_free(args.output)
+    check_free(args.out)
     (first, _), (second, processor) = load_trained(args.first), load_trained(args.second)
     average(first, second, part)
-    save_model(second, processor, args.output)
+    save_model(second, processor, args.out)
 
 
 if __name__ == "__main__":
