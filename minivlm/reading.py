@@ -50,10 +50,10 @@ class Reading:
         """Return the features of the pictures in their order; None if there are none."""
         if not images:
             return None
-        numbers = {}
-        places = torch.tensor([numbers.setdefault(same_picture(image), len(numbers)) for image in images])
-        unique = [images[places.tolist().index(i)] for i in range(len(numbers))]
-        pixels = processor.image_processor([decode_image(image) for image in unique], return_tensors="pt")
+        unique = {same_picture(image): image for image in images}
+        numbers = {picture: i for i, picture in enumerate(unique)}
+        places = torch.tensor([numbers[same_picture(image)] for image in images])
+        pixels = processor.image_processor([decode_image(image) for image in unique.values()], return_tensors="pt")
         features = self.model.get_image_features(pixels["pixel_values"].to(self.model.device), return_dict=True)
         return {"image": BaseModelOutputWithPooling(pooler_output=features.pooler_output[places])}
 

@@ -72,11 +72,11 @@ class PaddingCollator:
         def pad(key: str, value: int) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=value)
 
-        batch = {"input_ids": pad("input_ids", self.pad_token_id), "position_ids": pad("position_ids", 0)}
-        branch = pad("branch", -1)
+        batch, branch = {"input_ids": pad("input_ids", self.pad_token_id)}, pad("branch", -1)
         if branch.max() <= 1:  # positions that go on into the padding: a restart would look like a packed row
             batch["position_ids"] = torch.arange(branch.shape[1]).repeat(len(samples), 1)
         else:
+            batch["position_ids"] = pad("position_ids", 0)
             query, key = branch[:, :, None], branch[:, None, :]
             seen = ((query == key) | (key == 0)).tril()  # (B, T, T)
             batch["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]

@@ -39,8 +39,8 @@ def register_config() -> None:
     AutoConfig.register("minivlm", MiniVLMConfig, exist_ok=True)
 
 
-def load_config(path: str | Path, option: str = "") -> MiniVLMConfig:
-    """Load the configuration of a folder or Hub id with this checkout's code, without the weights.
+def check_type(path: str | Path, option: str = "") -> None:
+    """Check that a folder or Hub id holds a MiniVLM, before its weights are read.
 
     Args:
         option: the option that names it, as for `check_name`.
@@ -54,15 +54,23 @@ def load_config(path: str | Path, option: str = "") -> MiniVLMConfig:
         raise ValueError(
             f"{path} is of type {model_type!r}, not a MiniVLM. Join it with what it lacks by minivlm convert build."
         )
+
+
+def load_config(path: str | Path) -> MiniVLMConfig:
+    """Load the configuration of a folder or Hub id with this checkout's code, without the weights.
+
+    Errors are those of `check_type`.
+    """
+    check_type(path)
     return MiniVLMConfig.from_pretrained(path)
 
 
 def load_trained(path: str | Path, option: str = "") -> tuple[MiniVLMForConditionalGeneration, MiniVLMProcessor]:
     """Load model and processor of a folder or Hub id with this checkout's code, not with the code saved beside them.
 
-    Arguments and errors are those of `load_config`.
+    Arguments and errors are those of `check_type`.
     """
-    load_config(path, option)
+    check_type(path, option)
     register_config()
     return MiniVLMForConditionalGeneration.from_pretrained(path), MiniVLMProcessor.from_pretrained(path)
 
