@@ -343,10 +343,15 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True):
-        """Set the mode of all modules; a frozen tower stays in evaluation mode, or its batch norms would change."""
+        """Set the mode of all modules; a frozen tower and all batch norms stay in evaluation mode.
+
+        Batch norms keep the statistics that their tower came with. Otherwise a picture would depend on its neighbours.
+        """
         super().train(mode)
-        if not any(p.requires_grad for p in self.vision_tower.parameters()):
-            self.vision_tower.eval()
+        frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
+        for module in self.vision_tower.modules():
+            if frozen or isinstance(module, nn.BatchNorm2d):
+                module.eval()
         return self
 
     @can_return_tuple
