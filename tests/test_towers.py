@@ -71,6 +71,15 @@ def test_a_frozen_tower_does_not_change_while_the_rest_trains():
     assert model.train().model.vision_tower.training
 
 
+def test_a_tower_that_trains_sees_a_picture_alike_in_every_company():
+    """Batch norms keep their statistics: rows of a step, or ranks, would depend on one another through them."""
+    model, pixels = make_model(make_config()).train(), make_pixels(3)
+    before = {name: value.clone() for name, value in model.model.vision_tower.named_buffers()}
+    together = model.get_image_features(pixels, return_dict=True).pooler_output
+    same(together[:1], model.get_image_features(pixels[:1], return_dict=True).pooler_output)
+    assert before and all(torch.equal(value, before[name]) for name, value in model.model.vision_tower.named_buffers())
+
+
 def test_what_cannot_work_is_refused():
     with pytest.raises(Exception, match="`vision_feature_layer`=-2 names a block"):
         make_config(vision_feature_layer=-2)
