@@ -169,15 +169,10 @@ class Composer:
         return rows
 
 
-def open_with(kind: type[Composer], seed: int) -> Composer:
-    """Return a composer of a kind with all drawings and concepts."""
-    concepts, held_out = load_concept_table(DATA / "concepts.json")
-    return kind(Drawings.unpack(DATA / "drawings.parquet"), concepts, held_out, seed)
-
-
 def open_composer(seed: int) -> Composer:
     """Return the composer of a seed, for `--data compose:tools.emoji.composer`."""
-    return open_with(Composer, seed)
+    concepts, held_out = load_concept_table(DATA / "concepts.json")
+    return Composer(Drawings.unpack(DATA / "drawings.parquet"), concepts, held_out, seed)
 
 
 def main(argv=None) -> None:
