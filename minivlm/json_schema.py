@@ -23,6 +23,7 @@ MAX_PATTERN, MAX_PATTERNS = 500, 32  # characters of a regular expression, and h
 MAX_COUNTS = 10_000  # product of the upper counts of a pattern, as 30 * 30 of ([ab]{2,30}c){3,30}
 MAX_SHORTEST = 10_000  # characters of the shortest answer
 REHEARSED = 600  # tokens, shared by the schema and its patterns
+REHEARSED_WORK = 50_000  # at each of these tokens, a quarter of what llguidance allows an answer: its paths are others
 
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes
 COUNTED = re.compile(r"\{(\d{1,9})(?:,(\d{0,9}))?\}")  # the counts of a{3}, a{3,} and a{3,9}
@@ -35,6 +36,10 @@ KEYWORDS = {
     "pattern": (str,), "minLength": COUNT, "maxLength": COUNT,
     "minimum": NUMBER, "maximum": NUMBER, "exclusiveMinimum": NUMBER, "exclusiveMaximum": NUMBER, "multipleOf": NUMBER,
 }  # fmt: skip
+# Keywords that hold a schema, schemas by name, and lists of schemas.
+HOLD_ONE = ("items", "additionalProperties")
+HOLD_NAMED = ("properties", "$defs", "definitions")
+HOLD_LIST = ("allOf", "anyOf", "oneOf", "prefixItems")
 # Keywords that describe and ask nothing of an answer.
 REMARKS = "title description default examples $comment deprecated readOnly writeOnly".split()
 AT_ROOT = ["$schema", "$id"]
@@ -115,9 +120,13 @@ def compile_schema(schema: dict, name: str = "schema") -> str:
     Raises:
         ValueError: a keyword is not supported, a limit is passed, or no answer fits.
     """
+    return compile_parts(check_parts(schema, name), schema, name)
+
+
+def compile_parts(parts: list[tuple[str, dict]], schema: dict, name: str) -> str:
+    """Return what `compile_schema` returns, for a schema whose `parts` are those of `check_parts`."""
     from llguidance import LLMatcher
 
-    parts = check_parts(schema, name)
     check_references(parts, schema, name)
     grammar = LLMatcher.grammar_from_json_schema(json.dumps(closed(schema, parts)), overrides=LAYOUT)
     check_grammar(grammar, name)
@@ -141,15 +150,10 @@ def closed(schema: dict, parts: list[tuple[str, dict]]) -> dict:
         return copies.get(id(value), value)
 
     for copy in copies.values():
-        for key in ("items", "additionalProperties"):
-            if key in copy:
-                copy[key] = copy_of(copy[key])
-        for key in ("properties", "$defs", "definitions"):
-            if key in copy:
-                copy[key] = {name: copy_of(value) for name, value in copy[key].items()}
-        for key in ("anyOf", "oneOf", "prefixItems"):
-            if key in copy:
-                copy[key] = [copy_of(value) for value in copy[key]]
+        copy |= {key: copy_of(copy[key]) for key in HOLD_ONE if key in copy}
+        for key in copy.keys() & HOLD_NAMED:
+            copy[key] = {name: copy_of(value) for name, value in copy[key].items()}
+        copy |= {key: [copy_of(value) for value in copy[key]] for key in HOLD_LIST if key in copy}
         if "properties" in copy and set(copy.get("required", [])) <= set(copy["properties"]):
             copy.setdefault("additionalProperties", False)
     return copies[id(schema)]
@@ -157,12 +161,10 @@ def closed(schema: dict, parts: list[tuple[str, dict]]) -> dict:
 
 def held(schema: dict) -> Iterator[tuple[str, object]]:
     """Yield the place and the value of each schema that stands directly in a schema."""
-    for key in ("items", "additionalProperties"):
-        if key in schema:
-            yield key, schema[key]
-    for key in ("properties", "$defs", "definitions"):
+    yield from ((key, schema[key]) for key in HOLD_ONE if key in schema)
+    for key in HOLD_NAMED:
         yield from ((f"{key}/{name}", value) for name, value in schema.get(key, {}).items())
-    for key in ("allOf", "anyOf", "oneOf", "prefixItems"):
+    for key in HOLD_LIST:
         yield from ((f"{key}/{i}", value) for i, value in enumerate(schema.get(key, [])))
 
 
@@ -334,17 +336,18 @@ def rehearse(grammar: str, patterns: list[str], name: str) -> None:
     A pattern as `(.{0,20}a.{0,20}b){20}` compiles in no time, and its automaton explodes after some letters.
     llguidance counts its work at each token and gives up at a limit.
     """
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
     words, steps = LLTokenizer(str(TOKENIZER)), REHEARSED // (1 + len(patterns))
+    strict = {"log_level": 0, "limits": LLParserLimits(step_lexer_fuel=REHEARSED_WORK)}
     [quote] = words.tokenize_str('"')
     for pattern in patterns:
         alone = json.dumps({"type": "string", "pattern": pattern})
-        matcher = LLMatcher(words, LLMatcher.grammar_from_json_schema(alone, overrides=LAYOUT), log_level=0)
+        matcher = LLMatcher(words, LLMatcher.grammar_from_json_schema(alone, overrides=LAYOUT), **strict)
         letters = {words.tokenize_str(letter)[0] for letter in pattern if letter.isalnum()}  # of its many states
         if reason := walk(matcher, steps, letters, {words.eos_token, quote}):
             raise ValueError(f"{name}: the pattern {pattern[:80]!r} is too costly to follow: {reason}. Simplify it.")
-    if reason := walk(LLMatcher(words, grammar, log_level=0), steps, set(), {words.eos_token}):
+    if reason := walk(LLMatcher(words, grammar, **strict), steps, set(), {words.eos_token}):
         raise ValueError(f"{name}: the schema is too costly to follow: {reason}. Use fewer optional properties.")
 
 

@@ -11,7 +11,7 @@ import json
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import parse_response
 
-from minivlm.json_schema import LAYOUT, check_parts, closed, compile_schema
+from minivlm.json_schema import LAYOUT, check_parts, closed, compile_parts
 
 HEADER = "<|im_start|>assistant\n"
 # A response template of transformers for what our chat template writes. It does not stand in tokenizer_config.json:
@@ -44,10 +44,10 @@ def compile_tools(tools: list[dict], tokenizer: PreTrainedTokenizerBase) -> str:
     calls = []
     for tool in (tool["function"] for tool in tools):
         name, parameters = f"tool {tool['name']}", tool.get("parameters") or {"type": "object", "properties": {}}
-        compile_schema(parameters, name)
         parts = check_parts(parameters, name)
         if any("$ref" in part for _, part in parts):
             raise ValueError(f"{name}: `$ref` is not supported in the parameters of a tool. Write the parts out.")
+        compile_parts(parts, parameters, name)
         properties = {"name": {"const": tool["name"]}, "arguments": closed(parameters, parts)}
         calls.append({"type": "object", "properties": properties, "required": list(properties)})
         calls[-1]["additionalProperties"] = False
