@@ -207,8 +207,6 @@ def learn(assistant, conversations, tools, most=600):
     for step in range(most):
         # It falls, since processors round differently and a steady one does not end on each of them.
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / most)
-            1 - step / most
-        )  # processors round differently; this ends everywhere
         losses = [assistant.model(input_ids=torch.tensor([i]), labels=torch.tensor([t])).loss for i, t in rows]
         optimizer.zero_grad()
         sum(losses).backward()
