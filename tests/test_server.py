@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from PIL import Image
 
 from helpers.models import ROOT
 from helpers.server import chat
-from helpers.serving import PATIENCE, save_endless, wait
+from helpers.serving import PATIENCE, free_port, save_endless, wait
 from minivlm.asking import question_about
 from minivlm.inference import Assistant, Decoding
 from minivlm.json_schema import compile_schema
@@ -57,12 +56,6 @@ def serving(folder, model, *options, **variables):
         finally:
             server.terminate()
             server.wait(60)
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import time
 
 import pytest
@@ -11,13 +12,20 @@ from helpers.models import ROOT
 PATIENCE = 180  # seconds for what takes a second on an idle machine
 
 
-def wait(condition):
+def wait(condition, seconds=PATIENCE):
     """Wait until a function returns something true, and return it."""
-    for _ in range(5 * PATIENCE):
+    for _ in range(5 * seconds):
         if result := condition():
             return result
         time.sleep(0.2)
-    pytest.fail(f"waited {PATIENCE} seconds")
+    pytest.fail(f"waited {seconds} seconds")
+
+
+def free_port():
+    """Return a port of this machine at which nothing listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 def save_endless(folder):
