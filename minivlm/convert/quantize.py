@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minivlm.convert.onnx_generate import DECODER, EMBED, SUFFIXES, VISION
 from minivlm.convert.transformers_js import update_json
+from minivlm.onnx_engine.graphs import DECODER, EMBED, SUFFIXES, VISION
 
 # A convolutional tower suffers from 8 bits: of 200 questions to the released model three got another answer.
 DTYPES = {
