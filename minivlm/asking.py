@@ -75,7 +75,7 @@ def load_assistant(args: Namespace) -> "Assistant":
     from minivlm.inference import Assistant
     from minivlm.model.loading import check_device, load_trained, place
 
-    device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(args.device)
     name = args.model or default_model()
     logging.disable_progress_bar()  # of the weights, which are there at once
     model, processor = load_trained(name, "--model" if args.model else "")

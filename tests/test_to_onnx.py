@@ -25,14 +25,6 @@ pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("onnx")
-    model = save(folder / "ours")
-    main(["to_onnx", str(folder / "ours"), "--out", str(folder / "out"), "--verify"])
-    return model, folder / "out"
-
-
 def pad_left(rows):
     width = max(row.shape[1] for row in rows)
     ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])

@@ -1,6 +1,7 @@
-"""Keep control tokens that somebody types plain text, and count the pictures of messages; standard library only.
+"""Keep control tokens that somebody types plain text, and count the pictures of messages.
 
-messages -> escape_control_tokens -> chat template -> tokenizer -> without_separators -> token ids
+An encoder escapes messages, applies chat template and tokenizer, and leaves the separators out again. Standard library
+only: the engine for ONNX graphs uses it, too.
 """
 
 import re

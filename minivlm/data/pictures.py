@@ -24,6 +24,7 @@ PICTURE_FORMATS = {
     "TIFF": ("tif", "tiff"),
 } | ({"AVIF": ("avif",)} if features.check("avif") else {})
 PICTURE_SUFFIXES = tuple(suffix for suffixes in PICTURE_FORMATS.values() for suffix in suffixes)
+PICTURE_COLUMNS = ("images", "image", "file_name")  # of a row: where its pictures may stand
 MAX_PIXELS = 89_478_485  # Pillow warns above it: a quarter of a gigabyte as RGB
 
 

@@ -50,8 +50,8 @@ class Graphs:
         """Return a continuation of each prompt. It ends with an end token, or at the limit.
 
         Args:
-            inputs: `input_ids` and `attention_mask` (B, T), int64, padded on the left, and `pixel_values` (N, 3, H, W),
-                float32, if there are pictures.
+            inputs: `input_ids` and `attention_mask` (B, T), int64, padded on the left; with pictures also
+                `pixel_values` (N, 3, H, W), float32.
             max_new_tokens: upper limit of an answer.
             choose: returns the next token (B,) of the scores (B, V), float32; the likeliest if it is left out.
 
