@@ -1,17 +1,21 @@
-"""Share between the commands that ask a model: their options, loading, and pictures that are given by name."""
+"""Share between the commands that ask a model: their options, loading, and pictures that are given by name.
+
+torch and transformers take seconds to import, so only the function that loads a model imports them.
+"""
 
 import sys
 from argparse import ArgumentTypeError, Namespace
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
-from transformers.utils import logging
 
 from minivlm.cli import Parser, positive
 from minivlm.data.pictures import decode_image
-from minivlm.inference import Assistant, Decoding
-from minivlm.model.loading import check_device, load_trained, place
+from minivlm.decoding import Decoding
 from minivlm.resources import default_model
+
+if TYPE_CHECKING:
+    from minivlm.inference import Assistant
 
 STDIN = "-"  # as the name of a picture: the bytes on standard input
 MAX_BYTES = 300_000_000  # of a file; the largest picture that is decoded has fewer as plain RGB
@@ -51,26 +55,32 @@ def add_sampling_options(parser: Parser) -> None:
 
 
 def decoding_of(args: Namespace) -> Decoding:
-    """Return how the options say that tokens are chosen; draw from the seed that they give.
+    """Return how the options say that tokens are chosen.
 
     Raises:
         ValueError: an option is outside of its limits.
     """
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
     return Decoding(args.max_new_tokens, args.temperature, args.top_p)
 
 
-def load_assistant(args: Namespace) -> Assistant:
-    """Load the model that the options name, by this checkout's code.
+def load_assistant(args: Namespace) -> "Assistant":
+    """Load the model that the options name, by this checkout's code; draw from the seed that they give.
 
     Raises:
         ValueError: the device is not there, or no MiniVLM has that name.
     """
-    device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    import torch
+    from transformers.utils import logging
+
+    from minivlm.inference import Assistant
+    from minivlm.model.loading import check_device, load_trained, place
+
+    device = check_device(args.device)
     name = args.model or default_model()
     logging.disable_progress_bar()  # of the weights, which are there at once
     model, processor = load_trained(name, "--model" if args.model else "")
+    if getattr(args, "seed", None) is not None:
+        torch.manual_seed(args.seed)
     return Assistant(place(model, device), processor)
 
 

@@ -4,12 +4,10 @@
 evaluation are answered and scored by `minivlm/reading.py`.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -19,41 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 from minivlm.constrained import FollowGrammar, vocabulary
 from minivlm.data.encoder import Encoder
 from minivlm.data.pictures import decode_image
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Say how long an answer may be, in tokens, and how each token is chosen; with temperature 0 the likeliest is."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0  # sample among the likeliest tokens that have this share of the probability
-    grammar: str | None = None  # of `compile_schema` or `compile_tools`: the answer follows it
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be 1 or more.")
-        if not 0 <= self.temperature <= 100:
-            raise ValueError(f"temperature {self.temperature} must be from 0 (the likeliest answer) to 100.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must be more than 0 and at most 1.")
-
-    def arguments(self) -> dict:
-        """Return the arguments of `generate`."""
-        if not self.temperature:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        # Whole numbers too, as a slider gives them; `generate` takes floats only.
-        chances = {"temperature": float(self.temperature), "top_p": float(self.top_p)}
-        sampling = {"do_sample": True, **chances, "top_k": 0}
-        return {"max_new_tokens": self.max_new_tokens, **sampling}
-
-
-class Answer(NamedTuple):
-    """An answer, the number of its tokens, the end token included, and whether that came before the limit."""
-
-    text: str
-    tokens: int
-    ended: bool = True
+from minivlm.decoding import Answer, Decoding, check_room
 
 
 class Assistant:
@@ -105,11 +69,7 @@ class Assistant:
         Args:
             option: what the user calls `new_tokens`.
         """
-        if tokens + new_tokens > self.room:
-            raise ValueError(
-                f"The conversation has {tokens} tokens and the answer may have {new_tokens}, but the model reads "
-                f"{self.room}. Use fewer words, pictures or turns, or a smaller {option}."
-            )
+        check_room(self.room, tokens, new_tokens, option)
 
     def batch(self, encoded: list[dict], decoding: Decoding) -> dict:
         """Return the arguments of `generate` for encoded conversations, padded on the left.

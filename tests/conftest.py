@@ -18,6 +18,7 @@ from helpers.data import row, write  # noqa: E402
 from helpers.families import make_parts, publish  # noqa: E402
 from helpers.models import make_config, make_model, make_processor, save  # noqa: E402
 from helpers.release import client, hub, out, trained  # noqa: E402, F401  (fixtures of publishing)
+from minivlm.commands.convert import main as convert  # noqa: E402
 from minivlm.inference import Assistant  # noqa: E402
 from minivlm.model.loading import load_trained  # noqa: E402
 
@@ -49,6 +50,15 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def assistant(tiny):
     return Assistant(*load_trained(tiny))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Return a tiny model and the folder of its ONNX graphs; the model itself lies beside it, in `ours`."""
+    folder = tmp_path_factory.mktemp("onnx")
+    model = save(folder / "ours")
+    convert(["to_onnx", str(folder / "ours"), "--out", str(folder / "out"), "--verify"])
+    return model, folder / "out"
 
 
 @pytest.fixture(scope="session")

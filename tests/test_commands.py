@@ -11,6 +11,7 @@ import pytest
 
 from minivlm.__main__ import COMMANDS, main
 from minivlm.cli import DEBUG, Parser, UserError, run_command
+from minivlm.commands import convert
 from minivlm.resources import RECIPES, find_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +70,28 @@ def test_the_list_imports_no_library():
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "minivlm" in loaded and not loaded & {"torch", "transformers", "numpy", "datasets", "yaml"}
     assert {name for name in loaded if not name.startswith("_")} == {"minivlm"}
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    """They take seconds. The commands that are left out have the options of training, which transformers parses."""
+    quick = sorted(COMMANDS.keys() - {"train", "train-tower", "preview", "benchmark", "benchmark-data"})
+    code = f"""
+import contextlib, io, sys
+from minivlm.__main__ import main
+for name in {quick}:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    assert "usage: minivlm " + name in out.getvalue(), name
+    assert not {{"torch", "transformers", "datasets"}} & sys.modules.keys(), name
+"""
+    done = call("-c", code, command=())
+    assert done.returncode == 0, done.stderr
+
+
+def test_convert_offers_the_types_that_to_gguf_writes():
+    from minivlm.convert.to_gguf import FILE_TYPES
+
+    assert convert.FILE_TYPES == tuple(FILE_TYPES)
 
 
 def test_an_unknown_command_names_the_nearest(capsys):

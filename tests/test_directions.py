@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # one level; these do not import each other.
 LEVELS = [
     ["remote", "minivlm.cli", "minivlm.resources"],
-    ["minivlm.pages", "minivlm.terminal", "minivlm.json_schema"],
+    ["minivlm.pages", "minivlm.terminal", "minivlm.json_schema", "minivlm.decoding"],
     ["minivlm.data", "minivlm.model", "minivlm.hub", "minivlm.constrained", "minivlm.tool_calls"],
-    ["minivlm.inference", "minivlm.reading"],
+    ["minivlm.inference", "minivlm.reading", "minivlm.onnx_engine"],
     ["minivlm.evaluation", "minivlm.training", "minivlm.convert", "minivlm.asking"],
     ["minivlm.app", "minivlm.server", "minivlm.benchmark"],
     ["train_accelerate"],
@@ -25,8 +25,8 @@ LEVELS = [
 REMOTE = ["configuration_minivlm", "processing_minivlm", "modeling_minivlm"]
 # From source to batch, each file imports only those before it; the previews stand beside this path.
 DATA = """
-    bad_rows pictures files schemas options rows phrases encoder dataset composed plans collators streaming features
-    loader preview preview_page
+    bad_rows control_tokens pictures files schemas options rows phrases encoder dataset composed plans collators
+    streaming features loader preview preview_page
 """.split()
 LIMITS = {"function": 40, "parameters": 7, "file": 399, "modeling": 519}
 BANNER = re.compile(r"#\s*([-=#*~_─═])\1{2,}|.*([-=#*~_─═])\2{3,}\s*$")

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from helpers.models import ROOT, make_model, make_processor, same
+from minivlm.data import pictures
 from processing_minivlm import MiniVLMProcessor, to_rgb
 
 IMAGE = "<|image_pad|>"
@@ -66,6 +67,11 @@ def test_pictures_of_every_mode_become_rgb_as_they_look(image, expected):
     rgb = to_rgb(image)
     assert rgb.mode == "RGB"
     assert np.abs(np.asarray(rgb, dtype=int)[0] - expected).max() <= 1
+
+
+def test_pictures_are_decoded_by_the_processor_s_own_function():
+    """It stands twice, since a file that the Hub loads imports none of ours, and its own imports take seconds."""
+    assert inspect.getsource(pictures.to_rgb) == inspect.getsource(to_rgb)
 
 
 def test_exif_orientation_is_applied():

@@ -16,21 +16,13 @@ from helpers.exports import answers, first_pictures, read
 from helpers.models import ROOT, make_pixels, make_prompt, same, save
 from minivlm.commands.convert import main
 from minivlm.convert import transformers_js
-from minivlm.convert.onnx_generate import generate
 from minivlm.convert.onnx_graphs import VisionEncoder
 from minivlm.convert.to_onnx import compare
 from minivlm.data.pictures import decode_image
+from minivlm.onnx_engine.graphs import Graphs
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("onnx")
-    model = save(folder / "ours")
-    main(["to_onnx", str(folder / "ours"), "--out", str(folder / "out"), "--verify"])
-    return model, folder / "out"
 
 
 def pad_left(rows):
@@ -60,7 +52,7 @@ def test_graphs_give_the_same_logits_and_answers(prompt, exported):
     model, folder = exported
     rows, pictures = PROMPTS[prompt]
     inputs = pad_left(rows) | ({"pixel_values": make_pixels(pictures)} if pictures else {})
-    tokens, logits = generate(folder, {key: value.numpy() for key, value in inputs.items()}, 12)
+    tokens, logits = Graphs(folder).generate({key: value.numpy() for key, value in inputs.items()}, 12)
     expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert tokens.tolist() == expected.tolist()
     real = inputs["attention_mask"].bool()
@@ -84,7 +76,7 @@ def test_an_answer_ends_where_the_model_s_does(exported, tmp_path):
     kept = (folder / "generation_config.json").read_text()
     config.save_pretrained(folder)
     try:
-        tokens, _ = generate(folder, {key: value.numpy() for key, value in inputs.items()}, 12)
+        tokens, _ = Graphs(folder).generate({key: value.numpy() for key, value in inputs.items()}, 12)
     finally:
         (folder / "generation_config.json").write_text(kept)
     assert tokens.tolist() == ours().tolist()
@@ -157,7 +149,7 @@ def released(tmp_path_factory):
 @pytest.mark.slow
 def test_the_released_model_answers_the_same(released):
     for inputs, expected in answers(ROOT, first_pictures(), "这是什么？只回答名称。"):
-        tokens, _ = generate(released, {key: value.numpy() for key, value in inputs.items()}, 24)
+        tokens, _ = Graphs(released).generate({key: value.numpy() for key, value in inputs.items()}, 24)
         assert tokens.tolist() == expected
 
 

@@ -19,10 +19,10 @@ from helpers.exports import answers, read
 from helpers.models import ROOT, SIGLIP, TEXT, make_config, make_model, make_processor, save
 from minivlm.commands.convert import main
 from minivlm.convert import to_web as web
-from minivlm.convert.onnx_generate import SUFFIXES, generate
 from minivlm.convert.quantize import DTYPES, store_weights
 from minivlm.convert.transformers_js import obstacles, picture_size, save_settings
 from minivlm.data.pictures import decode_image
+from minivlm.onnx_engine.graphs import SUFFIXES, Graphs
 from minivlm.resources import FONT, WEB
 
 onnx = pytest.importorskip("onnx")
@@ -79,7 +79,7 @@ def test_8_bit_graphs_answer_as_fp32_does(question, page):
     pictures = [decode_image(path) for path in EXAMPLES]
     asked = list(answers(ROOT, pictures, question))
     for inputs, expected in asked:
-        tokens, _ = generate(page / "model", {key: value.numpy() for key, value in inputs.items()}, 24)
+        tokens, _ = Graphs(page / "model").generate({key: value.numpy() for key, value in inputs.items()}, 24)
         assert tokens.tolist() == expected
     assert len({tuple(expected[0]) for _, expected in asked}) == 4
 
@@ -146,7 +146,7 @@ def test_the_data_types_give_nearly_the_same_logits(tmp_path):
         assert names == {f"{name}{SUFFIXES[stored]}.onnx" for name, stored in DTYPES[dtype].items()}
         inputs = {"input_ids": np.array([[5, 12, 12, 12, 12, 7, 9]]), "attention_mask": np.ones((1, 7), np.int64)}
         inputs["pixel_values"] = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
-        logits[dtype] = generate(tmp_path / dtype / "model", inputs, 1)[1]
+        logits[dtype] = Graphs(tmp_path / dtype / "model").generate(inputs, 1)[1]
     largest = np.abs(logits["fp32"]).max()
     assert 0 < np.abs(logits["fp16"] - logits["fp32"]).max() < 0.003 * largest
     assert 0 < np.abs(logits["q8"] - logits["fp32"]).mean() < 0.1 * np.abs(logits["fp32"]).mean()

@@ -23,10 +23,10 @@ from helpers.exports import first_pictures, prompt
 from helpers.models import ROOT
 from helpers.serving import PATIENCE, wait
 from minivlm.commands.convert import main
-from minivlm.convert.onnx_generate import generate
 from minivlm.convert.to_web import JS, RUNTIME
 from minivlm.data.pictures import decode_image
 from minivlm.model.loading import load_processor
+from minivlm.onnx_engine.graphs import Graphs
 
 MISSING = [name for name in ("onnxruntime", "playwright") if find_spec(name) is None]
 MISSING += [] if CHROMIUM else ["chromium"]
@@ -127,7 +127,7 @@ def give(page, file):
 def expected(folder, processor, picture, question):
     """Return Python's answer with the graphs of `folder`, as token ids."""
     inputs = {name: value.numpy() for name, value in prompt(processor, picture, question).items()}
-    return generate(folder / "model", inputs, 128)[0][0].tolist()
+    return Graphs(folder / "model").generate(inputs, 128)[0][0].tolist()
 
 
 def test_20_of_20_answers_are_those_of_python_with_the_same_graphs(folder, serve, visit, tmp_path):

@@ -13,7 +13,6 @@ from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
-from minivlm.app.names import Namer, beside, read_names
 from minivlm.app.sentences import EXAMPLES
 from minivlm.asking import load_assistant
 from minivlm.cli import Parser, positive
@@ -42,6 +41,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def find_examples(model: str) -> Path | None:
     """Return the folder with the pictures of `EXAMPLES`: beside the model, in the checkout, or None."""
+    from minivlm.app.names import beside
+
     paths = [beside(model, f"data/examples/{name}") for names, _ in EXAMPLES for name in names]
     if all(paths):
         return paths[0].parent
@@ -62,8 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     title = f"MiniVLM · {Path(args.model).name}" if args.model else "MiniVLM"
     args.model = args.model or default_model()
     assistant = load_assistant(args)
-    namer = Namer(assistant, read_names(beside(args.model, TABLE)))
+    from minivlm.app.names import Namer, beside, read_names
     from minivlm.app.page import Page, serve
 
+    namer = Namer(assistant, read_names(beside(args.model, TABLE)))
     page = Page(assistant, namer, title, find_examples(args.model), args.max_new_tokens)
     serve(page, args.host, args.port)

@@ -19,6 +19,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
@@ -26,7 +27,10 @@ from minivlm.asking import add_model_options, decode_named, load_assistant, ques
 from minivlm.cli import Parser, positive
 from minivlm.data.pictures import PICTURE_SUFFIXES
 from minivlm.data.schemas import CAPTION_REQUEST
-from minivlm.inference import Assistant, Decoding
+from minivlm.decoding import Decoding
+
+if TYPE_CHECKING:
+    from minivlm.inference import Assistant
 
 COLUMNS = ("file_name", "question", "answer")
 CAPTION = ("file_name", "text")  # of metadata.jsonl with the usual question, as `datasets` reads it, too
@@ -126,7 +130,7 @@ def find_pictures(folder: Path) -> list[str]:
     raise ValueError(f"{folder}: no pictures in it. Their names end in {', '.join(sorted(suffixes))}.")
 
 
-def encode_pictures(assistant: Assistant, args: Namespace, names: list[str], bad: list[str]) -> Iterator[tuple]:
+def encode_pictures(assistant: "Assistant", args: Namespace, names: list[str], bad: list[str]) -> Iterator[tuple]:
     """Yield name and encoded question of each picture that can be read; append a line to `bad` for each other one."""
     for name in names:
         try:

@@ -19,6 +19,7 @@ import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -34,8 +35,11 @@ from minivlm.asking import (
 )
 from minivlm.cli import Parser, describe
 from minivlm.data.pictures import open_picture
-from minivlm.inference import Assistant, Decoding
+from minivlm.decoding import Decoding
 from minivlm.terminal import line_reader, show_picture
+
+if TYPE_CHECKING:
+    from minivlm.inference import Assistant
 
 SENTENCES = {
     "en": {
@@ -96,7 +100,7 @@ def data_url(picture: bytes) -> str:
 class Chat:
     """Hold a conversation: its messages, the pictures that wait for a question, and the language of its lines."""
 
-    def __init__(self, assistant: Assistant, decoding: Decoding, language: str):
+    def __init__(self, assistant: "Assistant", decoding: Decoding, language: str):
         self.assistant, self.decoding, self.language = assistant, decoding, language
         self.messages: list[dict] = []
         self.waiting: list[bytes] = []

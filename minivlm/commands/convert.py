@@ -10,23 +10,14 @@ command; `minivlm convert COMMAND --help` shows its options and an example.
 
 import argparse
 import json
+from importlib import import_module
 from pathlib import Path
 
-import torch
-
 from minivlm.cli import Parser
-from minivlm.convert.files import check_free
-from minivlm.convert.from_minimind import from_minimind
-from minivlm.convert.join import join
-from minivlm.convert.llava import to_causal_lm, to_llava
 from minivlm.convert.quantize import DTYPES as WEIGHTS
-from minivlm.convert.to_gguf import FILE_TYPES, to_gguf
-from minivlm.convert.to_minimind import to_minimind
-from minivlm.convert.to_onnx import to_onnx
-from minivlm.convert.to_web import to_web
-from minivlm.model.options import ModelArgs
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
+FILE_TYPES = ("f32", "f16", "q8_0")  # those of `minivlm/convert/to_gguf.py`
 BUILD = """Join a trained vision tower and a trained decoder into a new model, ready to train.
 
     minivlm convert build --vision_model google/siglip2-base-patch32-256 \\
@@ -57,30 +48,30 @@ TO_GGUF = """Write GGUF files for llama.cpp, Ollama and LM Studio: the decoder, 
 
 Pictures need a SigLIP tower and the default projector. --text_only writes the decoder of any model.
 """
-EXPORTS = {  # command -> function(source, out, verify), and its help
+EXPORTS = {  # command -> its module in minivlm/convert, with function(source, out, verify), and its help
     "to_minimind": (
-        to_minimind,
+        "to_minimind",
         """Write the files that MiniMind-V's own code loads. It reverses from_minimind, bit for bit.
 
     minivlm convert to_minimind runs/minimind_3v/final --out runs/there --verify
 """,
     ),
     "to_llava": (
-        to_llava,
+        "llava",
         """Write a LlavaForConditionalGeneration, which other engines load without remote code.
 
     minivlm convert to_llava runs/train/final --out runs/llava --verify
 """,
     ),
     "to_causal_lm": (
-        to_causal_lm,
+        "llava",
         """Write the decoder alone, ours as Qwen3ForCausalLM.
 
     minivlm convert to_causal_lm runs/train/final --out runs/decoder --verify
 """,
     ),
     "to_onnx": (
-        to_onnx,
+        "to_onnx",
         """Write ONNX graphs for onnxruntime and transformers.js: tower with projector, embeddings, decoder with cache.
 
     minivlm convert to_onnx runs/train/final --out runs/onnx --verify
@@ -185,24 +176,38 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def convert(args: argparse.Namespace) -> list[str]:
-    """Run the conversion; return lines about what was done."""
+    """Run the conversion; return lines about what was done. Only its own module is imported."""
     if args.command == "build":
+        from minivlm.convert.join import join
+        from minivlm.model.options import ModelArgs
+
         parts = {name: getattr(args, name) for name in ("vision_model", "text_model", "tokenizer", "model_config")}
         return join(ModelArgs(**parts), args.out, args.seed)
     if args.command == "from_minimind":
-        options = {"tokenizer": args.tokenizer, "vision_model": args.vision_model, "dtype": DTYPES.get(args.dtype)}
+        import torch
+
+        from minivlm.convert.from_minimind import from_minimind
+
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        options = {"tokenizer": args.tokenizer, "vision_model": args.vision_model, "dtype": dtype}
         return from_minimind(args.source, args.out, **options, verify=args.verify)
     if args.command == "to_web":
+        from minivlm.convert.to_web import to_web
+
         return to_web(args.source, args.out, args.dtype, args.library, args.verify)
     if args.command == "to_gguf":
+        from minivlm.convert.to_gguf import to_gguf
+
         options = {name: getattr(args, name) for name in ("outtype", "text_only", "force")}
         return to_gguf(args.source, args.out, **options)
-    function, _ = EXPORTS[args.command]
-    return function(args.source, args.out, args.verify)
+    module = import_module(f"minivlm.convert.{EXPORTS[args.command][0]}")
+    return getattr(module, args.command)(args.source, args.out, args.verify)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Convert a model, and print what was done."""
     args = parse_args(argv)
+    from minivlm.convert.files import check_free
+
     check_free(args.out)  # before anything is loaded
     print("\n".join([*convert(args), f"written to {args.out}"]))

@@ -29,13 +29,8 @@ prompt that is too long for the model gets an empty answer; their number is prin
 import json
 from pathlib import Path
 
-import torch
-
 from minivlm.cli import Parser, positive
-from minivlm.data.rows import load_rows
 from minivlm.evaluation.public import BENCHMARKS, check_tasks, print_results, run_benchmarks
-from minivlm.evaluation.scoring import evaluate, print_table
-from minivlm.model.loading import check_device, check_name, load_trained, place
 from minivlm.resources import digest
 
 
@@ -54,7 +49,7 @@ def parse_args(argv: list[str] | None):
         "--among", nargs="+", default=[], metavar="TASK",
         help="Tasks whose rows also rank all answers that the answered rows have for this task and language.",
     )  # fmt: skip
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to compute.")
+    parser.add_argument("--device", help="Where to compute. Default: cuda if there is one, else cpu.")
     parser.add_argument("--json", type=Path, help="Also write the metrics to this file.")
     parser.add_argument("--answers", type=Path, help="Also write every reference and answer to this JSON-lines file.")
     return parser.parse_args(argv)
@@ -65,7 +60,9 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     if args.tasks and args.among:
         raise ValueError(f"--among {' '.join(args.among)}: ranks rows of --data. Leave it out with --tasks.")
-    check_device(args.device)
+    from minivlm.model.loading import check_device, check_name
+
+    args.device = check_device(args.device)
     check_name("", args.model)
     metrics = score_benchmarks(args) if args.tasks else score_data(args)
     answers = metrics.pop("answers")
@@ -86,6 +83,10 @@ def main(argv: list[str] | None = None) -> dict:
 
 def score_data(args) -> dict:
     """Print the table of scores on `--data`; return the metrics."""
+    from minivlm.data.rows import load_rows
+    from minivlm.evaluation.scoring import evaluate, print_table
+    from minivlm.model.loading import load_trained, place
+
     rows = load_rows(args.data)  # before the model: a wrong path should not cost a download
     model, processor = load_trained(args.model)
     metrics = evaluate(place(model, args.device), processor, rows, args.limit, args.batch_size, args.among)

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minivlm.cli import Parser, positive
-from minivlm.evaluation.remeasure import remeasure
 from minivlm.hub.findings import Finding, inspect_files, load_by_stranger, stage
 from minivlm.hub.publish import MESSAGE, preview_upload, publish
 from minivlm.resources import HUB_MODEL
@@ -69,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_all(folder: Path, repo_id: str | None, rows: int) -> Iterator[Finding]:
     """Yield the findings of all checks on a copy of what would go up; the folder stays as it is."""
+    from minivlm.evaluation.remeasure import remeasure
+
     ours = repo_id == HUB_MODEL
     with tempfile.TemporaryDirectory() as place:
         model = stage(folder, Path(place), repo_id)

@@ -19,7 +19,6 @@ from pathlib import Path
 from minivlm.asking import load_assistant
 from minivlm.cli import Parser, positive
 from minivlm.resources import default_model
-from minivlm.server import launch
 from minivlm.server.limits import Limits
 
 PACKAGES = ("fastapi", "openai", "uvicorn")
@@ -60,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     if missing := [name for name in PACKAGES if find_spec(name) is None]:  # before the model: it loads longer
         names = ", ".join(missing)
         raise ValueError(f"minivlm serve needs the packages {names}. Install them: pip install minivlm[serve]")
+    from minivlm.server import launch
+
     key = launch.read_key(args.api_key_file, args.host)
     sock = launch.listen(args.host, args.port)
     found = args.model or default_model()

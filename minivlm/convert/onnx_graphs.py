@@ -20,7 +20,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from minivlm.convert.onnx_generate import DECODER, EMBED, VISION
+from minivlm.onnx_engine.graphs import DECODER, EMBED, VISION
 from modeling_minivlm import MiniVLMForConditionalGeneration
 
 LARGEST_FILE = 1.5e9  # bytes; protobuf ends at 2 GiB, so larger weights are written to a file beside the graph

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minivlm.convert.onnx_generate import DECODER, EMBED, SUFFIXES, VISION
-from minivlm.convert.transformers_js import update_json
+from minivlm.onnx_engine.graphs import DECODER, EMBED, SUFFIXES, VISION
 
 # A convolutional tower suffers from 8 bits: of 200 questions to the released model three got another answer.
 DTYPES = {
@@ -29,6 +28,8 @@ def shrink(folder: Path, choice: str) -> None:
         choice: a key of `DTYPES`, whose values are the data types of the graphs.
     """
     import onnx  # of the extra `onnx`
+
+    from minivlm.convert.transformers_js import update_json
 
     for name, dtype in DTYPES[choice].items():
         path = folder / "onnx" / f"{name}.onnx"

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from minivlm.convert.files import new_folder
-from minivlm.convert.onnx_generate import generate
 from minivlm.convert.onnx_graphs import export
 from minivlm.convert.transformers_js import save_settings
 from minivlm.convert.verify import example, largest_difference
 from minivlm.model.loading import load_trained
+from minivlm.onnx_engine.graphs import Graphs
 from modeling_minivlm import MiniVLMForConditionalGeneration
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # the extra `onnx` of setup.cfg
@@ -58,7 +58,7 @@ def compare(model: MiniVLMForConditionalGeneration, folder: Path) -> list[str]:
     """
     inputs = example(model.config, model.config.text_config.vocab_size, pictured=True)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    tokens, logits = generate(folder, {name: tensor.numpy() for name, tensor in inputs.items()}, 16)
+    tokens, logits = Graphs(folder).generate({name: tensor.numpy() for name, tensor in inputs.items()}, 16)
     logits = torch.from_numpy(logits)
     difference = largest_difference(logits, model(**inputs).logits, "Our logits and the graphs'")
     expected = model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]

@@ -7,62 +7,28 @@ Labels come from the chat template's `{% generation %}` blocks: the assistant's 
 
 import copy
 import math
-import re
 from bisect import bisect_right
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from transformers import ProcessorMixin
 
 from minivlm.data.bad_rows import CUT, BadRow
+from minivlm.data.control_tokens import (
+    SEPARATOR,
+    control_pattern,
+    count_markers,
+    escape_control_tokens,
+    widened,
+    without_separators,
+)
 from minivlm.data.phrases import locate
 from minivlm.data.pictures import decode_image
 
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # or Pillow refuses pictures with long metadata
 IGNORE = -100  # label of a token that carries no loss
-SEPARATOR = "\ufdd0"  # a Unicode noncharacter, never part of text: written where two characters must not join
-
-
-def escape_control_tokens(messages: list[dict], control: re.Pattern) -> list[dict]:
-    """Put a `SEPARATOR` into control tokens that somebody typed, so that they are tokenized as ordinary text.
-
-    Also put one before an answer that starts with a line break. The template writes a line break in front of it, and
-    the tokenizer would merge both line breaks into one token. Only the second one belongs to the answer.
-    """
-
-    def clean(text: str, role: str) -> str:
-        text = control.sub(lambda match: match[0][0] + SEPARATOR + match[0][1:], text.replace(SEPARATOR, ""))
-        return SEPARATOR + text if role == "assistant" and text.startswith("\n") else text
-
-    def part(content, role: str):
-        return {**content, "text": clean(content["text"], role)} if content["type"] == "text" else content
-
-    def every(value):
-        """Clean all texts inside of a value: a model can spell control tokens in the arguments of a call, too."""
-        if isinstance(value, dict):
-            return {key: every(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [every(item) for item in value]
-        return clean(value, "") if isinstance(value, str) else value
-
-    return [
-        {
-            **m,
-            **{key: every(m[key]) for key in ("reasoning_content", "tool_calls") if key in m},
-            "content": clean(m["content"], m["role"])
-            if isinstance(m["content"], str)
-            else [part(c, m["role"]) for c in m["content"]],
-        }
-        for m in messages
-    ]
-
-
-def count_markers(messages: list[dict]) -> int:
-    """Count the picture markers in messages; content that is a string has none."""
-    return sum(part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"])
 
 
 class PixelValues:
@@ -110,8 +76,7 @@ class Encoder:
         self.max_length, self.too_long = max_length, too_long
         self.pixels = PixelValues(processor.image_processor)
         self.features = None  # see `with_features`
-        tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, tokens)))
+        self.control = control_pattern(self.tokenizer.get_added_vocab())
         self.separator_ids = self.tokenizer.encode(SEPARATOR, add_special_tokens=False)
 
     def with_features(self, features) -> "Encoder":
@@ -135,23 +100,11 @@ class Encoder:
         )  # fmt: skip
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         if escaped != messages:
-            ids, mask = self._remove_separators(ids, mask)
-        image_id, length = self.processor.image_token_id, self.processor.image_seq_length
-        if image_id in ids:
-            repeats = [length if token == image_id else 1 for token in ids]
-            ids = [token for token, times in zip(ids, repeats) for _ in range(times)]
-            mask = [flag for flag, times in zip(mask, repeats) for _ in range(times)]
+            kept = without_separators(ids, self.separator_ids)
+            ids, mask = [ids[i] for i in kept], [mask[i] for i in kept]
+        places = widened(ids, self.processor.image_token_id, self.processor.image_seq_length)
+        ids, mask = [ids[i] for i in places], [mask[i] for i in places]
         return ids, [token if flag else IGNORE for token, flag in zip(ids, mask)]
-
-    def _remove_separators(self, ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
-        kept, i, n = [], 0, len(self.separator_ids)
-        while i < len(ids):
-            if ids[i : i + n] == self.separator_ids:
-                i += n
-            else:
-                kept.append(i)
-                i += 1
-        return [ids[i] for i in kept], [mask[i] for i in kept]
 
     def blank(self) -> dict:
         """Return a row for the collators: one black picture, and no token that carries loss."""

@@ -14,9 +14,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from pyarrow import parquet
 
 from minivlm.data.bad_rows import BadRow
-from minivlm.data.pictures import PICTURE_SUFFIXES
-
-PICTURE_COLUMNS = ("images", "image", "file_name")
+from minivlm.data.pictures import PICTURE_COLUMNS, PICTURE_SUFFIXES
 
 
 def from_json(row: dict) -> dict:

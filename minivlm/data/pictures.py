@@ -8,11 +8,11 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageEnhance, UnidentifiedImageError, features
+from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from minivlm.data.bad_rows import BadRow
-from processing_minivlm import to_rgb
 
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # or Pillow refuses pictures with long metadata
 # Of the forty formats that Pillow knows these are read, each with its suffixes: EPS, for one, would start Ghostscript.
 # Many phones' JPEGs open as MPO, which Pillow does not list: its JPEG reader recognises them.
 PICTURE_FORMATS = {
@@ -24,6 +24,7 @@ PICTURE_FORMATS = {
     "TIFF": ("tif", "tiff"),
 } | ({"AVIF": ("avif",)} if features.check("avif") else {})
 PICTURE_SUFFIXES = tuple(suffix for suffixes in PICTURE_FORMATS.values() for suffix in suffixes)
+PICTURE_COLUMNS = ("images", "image", "file_name")  # of a row: where its pictures may stand
 MAX_PIXELS = 89_478_485  # Pillow warns above it: a quarter of a gigabyte as RGB
 
 
@@ -39,6 +40,22 @@ def open_picture(data: bytes | Path) -> Image.Image:
     except UnidentifiedImageError as error:
         formats = ", ".join(PICTURE_FORMATS)
         raise BadRow(f"unreadable picture: it is no {formats} file. Convert it to one of these") from error
+
+
+# The same function as in processing_minivlm.py, word for word (a test compares them): that file imports transformers,
+# which takes seconds, and the Hub loads it alone, so it cannot import this one.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return the picture as a person sees it: EXIF orientation applied, first frame, transparency over white, RGB.
+
+    16-bit greyscale keeps its high byte; Pillow's own conversion would clip it to white.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value / 256).convert("L")  # big-endian has no `point`
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def decode_image(data: bytes | Path | Image.Image) -> Image.Image:

@@ -16,7 +16,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from minivlm.data.bad_rows import CUT, BadRow, describe_bad_rows, kind_of
-from minivlm.data.encoder import IGNORE, Encoder, count_markers
+from minivlm.data.control_tokens import count_markers
+from minivlm.data.encoder import IGNORE, Encoder
 from minivlm.data.pictures import decode_image
 from minivlm.data.plans import PackBudget, pack
 from minivlm.data.rows import Rows

@@ -10,8 +10,7 @@ import json
 from collections.abc import Callable
 
 from minivlm.data.bad_rows import LOW_RATING, BadRow
-from minivlm.data.files import PICTURE_COLUMNS
-from minivlm.data.pictures import open_picture
+from minivlm.data.pictures import PICTURE_COLUMNS, open_picture
 
 IMAGE_MARKER = "<image>"  # how MiniMind-V, LLaVA and others write a picture into text
 CAPTION_REQUEST = "Describe this picture."  # what the user says in a row that has only a caption

@@ -16,8 +16,13 @@ from processing_minivlm import MiniVLMProcessor
 PARTS_OF_NEW = ("vision_model", "text_model", "tokenizer")  # options of a new model; one that exists has its own
 
 
-def check_device(device: str) -> str:
-    """Return the device; raise ValueError if torch does not know it or does not see it."""
+def check_device(device: str | None) -> str:
+    """Return the device, for None cuda if there is one, else cpu.
+
+    Raises:
+        ValueError: torch does not know it or does not see it.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         wanted = torch.device(device)
     except RuntimeError:
