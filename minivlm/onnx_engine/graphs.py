@@ -12,7 +12,7 @@ import numpy as np
 from minivlm.onnx_engine.files import read_json
 
 VISION, EMBED, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized"}  # data type -> end of the name: files are NAME_fp16.onnx
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "int8": "_int8", "q4": "_q4"}  # data type -> end of the name: files are NAME_fp16.onnx
 
 
 def likeliest(scores: np.ndarray) -> np.ndarray:
