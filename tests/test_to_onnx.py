@@ -25,6 +25,23 @@ pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 
 
+@pytest.mark.parametrize(("dtype", "bits", "error"), [("int8", 8, 0.04), ("int4", 4, 0.4)])
+def test_int8_and_int4_graphs_compute_in_so_many_bits_and_come_close(dtype, bits, error, tmp_path, exported):
+    model, folder = exported
+    main(["to_onnx", str(folder.parent / "ours"), "--out", str(tmp_path / "out"), "--dtype", dtype])
+    [path] = (tmp_path / "out" / "onnx").glob("decoder*")
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type == "MatMulNBits"]
+    assert len(nodes) == sum(isinstance(m, torch.nn.Linear) for m in model.model.language_model.modules()) + 1
+    assert {a.i for node in nodes for a in node.attribute if a.name == "bits"} == {bits}
+    rows, pictures = PROMPTS["a padded batch"]
+    inputs = {name: value.numpy() for name, value in pad_left(rows).items()}
+    inputs["pixel_values"] = make_pixels(pictures).numpy()
+    shown = inputs["attention_mask"].astype(bool)
+    [(_, exact), (_, close)] = [Graphs(place).generate(inputs, 1) for place in (folder, tmp_path / "out")]
+    difference = np.linalg.norm((close - exact)[shown]) / np.linalg.norm(exact[shown])
+    assert error / 4 < difference < error
+
+
 def pad_left(rows):
     width = max(row.shape[1] for row in rows)
     ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from minivlm.benchmark.floors import decoding_floor, first_token_floor
+from minivlm.benchmark.graphs import graphs_generate
 from minivlm.benchmark.measure import alternate
 from minivlm.benchmark.peers import minimind_v_generate
 from minivlm.benchmark.rows import make_prompt
@@ -27,31 +29,40 @@ def generate(model, prompt: dict, dtype: torch.dtype) -> Callable[[int], None]:
     return work
 
 
-def answer_sides(shape: Shape, batch: int, peer: str | None) -> dict[str, Callable[[int], None]]:
-    """Return the sides of a comparison of `batch` answers of a number of tokens; ratios refer to the first."""
+def answer_sides(
+    shape: Shape, batch: int, peer: str | None, graphs: dict[str, Path], words: list[str]
+) -> dict[str, Callable[[int], None]]:
+    """Return the sides of a comparison of `batch` answers of a number of tokens; ratios refer to the first.
+
+    Args:
+        graphs: folders that `export_graphs` returned.
+        words: of `DTYPES`, in which torch computes.
+    """
     prompt = make_prompt(shape, batch)
 
     def found() -> Iterator[tuple[str, Callable]]:
-        for word, dtype in DTYPES.items():
+        for word, dtype in ((word, DTYPES[word]) for word in words):
             if peer:
                 yield f"MiniMind-V's own loop, {word}", minimind_v_generate(peer, shape, prompt, dtype)
             yield f"LLaVA + Qwen 3, {word}", generate(make_llava(shape), prompt, dtype)
             yield f"ours, {word}", generate(make_ours(shape), prompt, dtype)
+        for word, folder in graphs.items():
+            yield f"ours by onnxruntime, {word}", graphs_generate(folder, prompt, torch.get_num_threads())
 
     return dict(found())
 
 
 def time_answers(
-    shape: Shape, batch: int, rounds: int, peer: str | None
+    shape: Shape, batch: int, rounds: int, peer: str | None, graphs: dict[str, Path], words: list[str]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Return the seconds to the first token, and those of all further tokens of an answer, of each side and round.
 
     The second is the time of a whole answer without that of its first token, in the same round.
     """
-    new, sides = shape.answer, answer_sides(shape, batch, peer)
+    new, sides = shape.answer, answer_sides(shape, batch, peer, graphs, words)
     work = {f"{name}: first token": partial(side, 1) for name, side in sides.items()}
     work |= {f"{name}: whole answer": partial(side, 1 + new) for name, side in sides.items()}
-    floors = {f"floor, {word}": dtype for word, dtype in DTYPES.items()}
+    floors = {f"floor, {word}": DTYPES[word] for word in words}
     for name, dtype in floors.items():
         work[f"{name}: first token"] = first_token_floor(shape, batch, dtype)
         work[f"{name}: one token"] = decoding_floor(shape, batch, dtype)

@@ -9,17 +9,20 @@ the lowest and the highest. The floor is the time of the matrix products alone, 
 """
 
 import json
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-from minivlm.benchmark.answering import time_answers
+from minivlm.benchmark.answering import DTYPES, time_answers
+from minivlm.benchmark.graphs import export_graphs
 from minivlm.benchmark.measure import alternate, machine, summarise
 from minivlm.benchmark.rows import draw_lengths, make_rows
 from minivlm.benchmark.shapes import SHAPES, Shape, read_shape
 from minivlm.benchmark.training import training_sides
 from minivlm.cli import Parser, positive
+from minivlm.training.device import supports_bf16
 
 TOPICS = ("training", "answers")
 
@@ -35,12 +38,15 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--batch", type=positive, nargs="+", default=[1, 8], help="Answers at once. Default: 1 8.")
     add("--rounds", type=positive, default=5, help="Rounds that count. Default: 5.")
     add("--threads", type=positive, default=1, help="Threads of torch. Default: 1.")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="Of training. Default: bfloat16.")
+    add("--dtype", choices=("float32", "bfloat16"), help="Of training. Default: bfloat16 where "
+        "the processor has instructions for it, else float32.")  # fmt: skip
     add("--minimind_v", metavar="FOLDER", help="A checkout of MiniMind-V to compare with.")
     add("--json", metavar="FILE", help="Also write all times to this file.")
     args = parser.parse_args(argv)
     if unknown := set(args.topics) - set(TOPICS):
         parser.error(f"{sorted(unknown)[0]} is no topic. Topics are {' and '.join(TOPICS)}.")
+    args.bf16 = supports_bf16(torch.device("cpu"))
+    args.dtype = args.dtype or ("bfloat16" if args.bf16 else "float32")
     return args
 
 
@@ -78,15 +84,18 @@ def benchmark_training(shape: Shape, args: Namespace) -> list[dict]:
 def benchmark_answers(shape: Shape, args: Namespace) -> list[dict]:
     """Time answers of each number at once; return the tables."""
     tables = []
-    for batch in args.batch:
-        first, further = time_answers(shape, batch, args.rounds, args.minimind_v)
-        base = next(iter(first))
-        for title, unit, seconds, amount in (
-            (f"first token, {batch} at once", "per second", first, batch),
-            (f"further tokens, {batch} at once", "tokens/s", further, batch * shape.answer),
-        ):
-            table = show(title, unit, summarise(seconds, amount, base))
-            tables.append(table | {"seconds": seconds})
+    with tempfile.TemporaryDirectory() as place:
+        graphs = export_graphs(shape, Path(place))
+        words = [word for word in DTYPES if args.bf16 or word != "bf16"]
+        for batch in args.batch:
+            first, further = time_answers(shape, batch, args.rounds, args.minimind_v, graphs, words)
+            base = next(iter(first))
+            for title, unit, seconds, amount in (
+                (f"first token, {batch} at once", "per second", first, batch),
+                (f"further tokens, {batch} at once", "tokens/s", further, batch * shape.answer),
+            ):
+                table = show(title, unit, summarise(seconds, amount, base))
+                tables.append(table | {"seconds": seconds})
     return tables
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minivlm.cli import Parser
 from minivlm.convert.quantize import DTYPES as WEIGHTS
+from minivlm.convert.quantize import FOR_BROWSERS
 
 DTYPES = ("float32", "bfloat16", "float16")
 FILE_TYPES = ("f32", "f16", "q8_0")  # those of `minivlm/convert/to_gguf.py`
@@ -48,6 +49,13 @@ TO_GGUF = """Write GGUF files for llama.cpp, Ollama and LM Studio: the decoder, 
 
 Pictures need a SigLIP tower and the default projector. --text_only writes the decoder of any model.
 """
+TO_ONNX = """Write ONNX graphs for onnxruntime and transformers.js: tower with projector, embeddings, decoder with cache.
+
+    minivlm convert to_onnx runs/train/final --out runs/onnx --verify
+    minivlm convert to_onnx runs/train/final --out runs/onnx-int8 --dtype int8
+
+int8 and int4 compute with matrices of so many bits. They are the fastest for one answer at a time, and run by onnxruntime alone.
+"""
 EXPORTS = {  # command -> its module in minivlm/convert, with function(source, out, verify), and its help
     "to_minimind": (
         "to_minimind",
@@ -68,13 +76,6 @@ EXPORTS = {  # command -> its module in minivlm/convert, with function(source, o
         """Write the decoder alone, ours as Qwen3ForCausalLM.
 
     minivlm convert to_causal_lm runs/train/final --out runs/decoder --verify
-""",
-    ),
-    "to_onnx": (
-        "to_onnx",
-        """Write ONNX graphs for onnxruntime and transformers.js: tower with projector, embeddings, decoder with cache.
-
-    minivlm convert to_onnx runs/train/final --out runs/onnx --verify
 """,
     ),
 }
@@ -123,13 +124,21 @@ def add_export(commands, name: str, doc: str) -> None:
     add_verify(parser)
 
 
+def add_to_onnx(commands) -> None:
+    """Add the options of `to_onnx`."""
+    add_export(commands, "to_onnx", TO_ONNX)
+    commands.choices["to_onnx"].add_argument(
+        "--dtype", choices=WEIGHTS, default="fp32", help="How to store weights, and to compute. Default: fp32."
+    )
+
+
 def add_to_web(commands) -> None:
     """Add the options of `to_web`."""
     add_export(commands, "to_web", TO_WEB)
     parser = commands.choices["to_web"]
     parser.add_argument(
         "--dtype",
-        choices=WEIGHTS,
+        choices=FOR_BROWSERS,
         default="q8",
         help="How to store weights; q8: 8 bits, 16 for the tower. Default: q8.",
     )
@@ -170,6 +179,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_from_minimind(commands)
     for name, (_, doc) in EXPORTS.items():
         add_export(commands, name, doc)
+    add_to_onnx(commands)
     add_to_web(commands)
     add_to_gguf(commands)
     return parser.parse_args(argv)
@@ -191,6 +201,10 @@ def convert(args: argparse.Namespace) -> list[str]:
         dtype = getattr(torch, args.dtype) if args.dtype else None
         options = {"tokenizer": args.tokenizer, "vision_model": args.vision_model, "dtype": dtype}
         return from_minimind(args.source, args.out, **options, verify=args.verify)
+    if args.command == "to_onnx":
+        from minivlm.convert.to_onnx import to_onnx
+
+        return to_onnx(args.source, args.out, args.verify, args.dtype)
     if args.command == "to_web":
         from minivlm.convert.to_web import to_web
 

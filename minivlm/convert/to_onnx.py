@@ -7,6 +7,7 @@ import torch
 
 from minivlm.convert.files import new_folder
 from minivlm.convert.onnx_graphs import export
+from minivlm.convert.quantize import shrink
 from minivlm.convert.transformers_js import save_settings
 from minivlm.convert.verify import example, largest_difference
 from minivlm.model.loading import load_trained
@@ -16,13 +17,14 @@ from modeling_minivlm import MiniVLMForConditionalGeneration
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # the extra `onnx` of setup.cfg
 
 
-def to_onnx(source: str | Path, out: str | Path, verify: bool = False) -> list[str]:
-    """Write the model of `source` as ONNX graphs in fp32, with its processor.
+def to_onnx(source: str | Path, out: str | Path, verify: bool = False, dtype: str = "fp32") -> list[str]:
+    """Write the model of `source` as ONNX graphs, with its processor.
 
     Args:
         source: folder or Hub id of a MiniVLM.
         out: new folder.
-        verify: also compare the graphs with our model; a difference is an error.
+        verify: also compare the graphs with our model before their weights are rounded; a difference is an error.
+        dtype: how to store the weights, a key of `DTYPES`.
 
     Returns:
         Lines for the user.
@@ -36,10 +38,11 @@ def to_onnx(source: str | Path, out: str | Path, verify: bool = False) -> list[s
     with new_folder(out) as folder:
         export(model, folder)
         settings = save_settings(model, processor, folder)
+        compared = compare(model, folder) if verify else []
+        if dtype != "fp32":
+            shrink(folder, dtype)
         lines = [f"{path.name}: {path.stat().st_size:,} bytes" for path in sorted((folder / "onnx").iterdir())]
-        if verify:
-            lines += compare(model, folder)
-    return lines + settings
+    return lines + compared + settings
 
 
 def check_packages() -> None:

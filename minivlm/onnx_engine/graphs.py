@@ -12,7 +12,8 @@ import numpy as np
 from minivlm.onnx_engine.files import read_json
 
 VISION, EMBED, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized"}  # data type -> end of the name: files are NAME_fp16.onnx
+# Data type -> end of a file's name, as NAME_fp16.onnx; transformers.js has the same.
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "int8": "_int8", "q4": "_q4"}
 
 
 def likeliest(scores: np.ndarray) -> np.ndarray:
@@ -25,16 +26,17 @@ class Graphs:
 
     Args:
         folder: made by `to_onnx`, or the folder `model` made by `to_web`.
+        threads: to compute with; without it as many as `count_threads` returns.
 
     Raises:
         ValueError: onnxruntime is not installed or cannot read a graph.
         OSError: a file is missing.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, threads: int | None = None):
         folder = Path(folder)
         config, options = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
-        self.vision, self.embed, self.decoder = open_graphs(folder, config)
+        self.vision, self.embed, self.decoder = open_graphs(folder, config, threads or count_threads())
         self.image = config.get("image_token_index", config.get("image_token_id"))  # LLaVA's name, and ours
         ends = options.get("eos_token_id")
         self.ends = [] if ends is None else np.atleast_1d(ends).tolist()
@@ -105,7 +107,7 @@ class Graphs:
         return logits.numpy(), dict(zip(cache, present))
 
 
-def open_graphs(folder: Path, config: dict) -> list:
+def open_graphs(folder: Path, config: dict, threads: int) -> list:
     """Return the onnxruntime sessions of tower with projector, embeddings and decoder, in the folder's data types."""
     try:
         import onnxruntime
@@ -113,7 +115,7 @@ def open_graphs(folder: Path, config: dict) -> list:
         raise ValueError(f"ONNX graphs need the package {error.name}. Install it: pip install minivlm[onnx]") from None
     options = onnxruntime.SessionOptions()
     # By default it takes every core of the machine, and pins threads to cores that the process may not use.
-    options.intra_op_num_threads = count_threads()
+    options.intra_op_num_threads = threads
     dtypes = config.get("transformers.js_config", {}).get("dtype", "fp32")  # of all graphs, or of each
     sessions = []
     for name in (VISION, EMBED, DECODER):
