@@ -3,34 +3,50 @@
     minivlm benchmark training
     minivlm benchmark training answers --shape . --threads 2 --json speed.json
     minivlm benchmark --minimind_v FOLDER     (a checkout of its repository)
+    minivlm benchmark formats --model runs/X/final --rows 300 --json runs/X/final/formats.json
 
-All sides have random weights, the same sizes and the same rows, and take turns; figures are medians over rounds, with
+formats measures a trained model as it is, as ONNX graphs and as GGUF files: size, right answers, answers like those of
+transformers, speed. The other two topics train and ask random weights.
+
+There all sides have the same sizes and the same rows, and take turns; figures are medians over rounds, with
 the lowest and the highest. The floor is the time of the matrix products alone, at the same sizes and precision.
 """
 
 import json
+import tempfile
 from argparse import Namespace
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from minivlm.benchmark.answering import time_answers
+from minivlm.benchmark.formats import measure_formats
 from minivlm.benchmark.measure import alternate, machine, summarise
 from minivlm.benchmark.rows import draw_lengths, make_rows
 from minivlm.benchmark.shapes import SHAPES, Shape, read_shape
 from minivlm.benchmark.training import training_sides
 from minivlm.cli import Parser, positive
+from minivlm.convert.formats import make_formats
+from minivlm.data.rows import load_rows
+from minivlm.hub.format_table import formats_notes, formats_table
+from minivlm.hub.secrets import anonymous
+from minivlm.resources import default_model, digest
 
-TOPICS = ("training", "answers")
+TOPICS = ("training", "answers", "formats")
+STEPS, QUESTIONS = [4, 12], 300  # defaults of --rows
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     """Return the options."""
     parser = Parser(__doc__, prog="minivlm benchmark")
     add = parser.add_argument
-    add("topics", nargs="*", metavar="TOPIC", help="training, answers. Default: both.")
+    add("topics", nargs="*", metavar="TOPIC", help="training, answers; or formats alone. Default: training answers.")
     add("--shape", default="minimind-3v", help=f"{', '.join(SHAPES)}, or a model's folder. Default: minimind-3v.")
-    add("--rows", type=positive, nargs="+", default=[4, 12], help="Rows of a training step. Default: 4 12.")
+    add("--model", help="Folder of the model of formats. Default: this folder, or the checkout.")
+    add("--data", default="data/test.parquet", help="Questions for formats. Default: data/test.parquet.")
+    add("--rows", type=positive, nargs="+", help="Rows of a training step, 4 12; or of --data, the first 300.")
     add("--tokens", type=positive, help="Tokens of each row. Default: captions and instructions of many lengths.")
     add("--batch", type=positive, nargs="+", default=[1, 8], help="Answers at once. Default: 1 8.")
     add("--rounds", type=positive, default=5, help="Rounds that count. Default: 5.")
@@ -40,7 +56,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--json", metavar="FILE", help="Also write all times to this file.")
     args = parser.parse_args(argv)
     if unknown := set(args.topics) - set(TOPICS):
-        parser.error(f"{sorted(unknown)[0]} is no topic. Topics are {' and '.join(TOPICS)}.")
+        parser.error(f"{sorted(unknown)[0]} is no topic. Topics are {', '.join(TOPICS)}.")
+    if "formats" in args.topics and (len(args.topics) > 1 or len(args.rows or [1]) > 1):
+        parser.error("formats stands alone, with one number of --rows: it measures a trained model.")
+    args.rows = args.rows or ([QUESTIONS] if "formats" in args.topics else STEPS)
     return args
 
 
@@ -90,15 +109,51 @@ def benchmark_answers(shape: Shape, args: Namespace) -> list[dict]:
     return tables
 
 
+def benchmark_formats(args: Namespace) -> None:
+    """Make the formats of a model, measure them, print the table, and write the record."""
+    source = Path(args.model or default_model())
+    if not (source / "config.json").is_file():
+        raise ValueError(f"--model {source}: no config.json. Name the folder of a model, as runs/train/final.")
+    rows = load_rows([args.data])
+    rows = rows.select(range(min(args.rows[0], len(rows))))
+    with tempfile.TemporaryDirectory() as place:
+        made, refused = make_formats(source, Path(place))
+        found = measure_formats(source, made, rows, args.threads)
+    weights = source / "model.safetensors"
+    record = {
+        "weights_sha256": digest(weights) if weights.is_file() else None,
+        "data": anonymous(args.data),
+        "rows": len(rows),
+        "machine": machine() | versions(),
+        "formats": found,
+        "refused": {name: anonymous(reason) for name, reason in refused.items()},
+    }
+    say(f"{formats_table(record)}\n\n{formats_notes(record)}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the engines that are installed."""
+    found = {}
+    for name in ("onnxruntime", "llama_cpp_python"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the tables of the topics."""
     args = parse_args(argv)
-    shape = read_shape(args.shape)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.topics == ["formats"]:
+        benchmark_formats(args)
+        return
+    shape = read_shape(args.shape)
     about = machine() | {"shape": args.shape, "rounds": args.rounds}
     say("\n".join(f"{key}: {value}" for key, value in about.items()))
     works = {"training": benchmark_training, "answers": benchmark_answers}
-    tables = [table for topic in args.topics or TOPICS for table in works[topic](shape, args)]
+    tables = [table for topic in args.topics or works for table in works[topic](shape, args)]
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": about, "tables": tables}, indent=1))

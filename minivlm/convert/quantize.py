@@ -22,22 +22,24 @@ DTYPES = {
 WEIGHTS = {"MatMul": 1, "Conv": 1, "Gemm": 1, "Gather": 0}  # operator -> which of its inputs is the weight
 
 
-def shrink(folder: Path, choice: str) -> None:
-    """Replace the fp32 graphs in `folder`/onnx by smaller ones, and say so in config.json.
+def shrink(folder: Path, *choices: str) -> None:
+    """Replace the fp32 graphs in `folder`/onnx by smaller ones, and name those of the last choice in config.json.
 
     Args:
-        choice: a key of `DTYPES`, whose values are the data types of the graphs.
+        choices: keys of `DTYPES`, whose values are the data types of the graphs. The folder then has the graphs of
+            all of them; one that two choices share is written once.
     """
     import onnx  # of the extra `onnx`
 
-    for name, dtype in DTYPES[choice].items():
-        path = folder / "onnx" / f"{name}.onnx"
-        if dtype != "fp32":
+    for name in (VISION, EMBED, DECODER):
+        path, wanted = folder / "onnx" / f"{name}.onnx", {DTYPES[choice][name] for choice in choices}
+        for dtype in wanted - {"fp32"}:
             model = onnx.load(path)
             store_weights(model, dtype)
-            path.unlink()
             onnx.save(model, folder / "onnx" / f"{name}{SUFFIXES[dtype]}.onnx")
-    update_json(folder / "config.json", {"transformers.js_config": {"dtype": DTYPES[choice]}})
+        if "fp32" not in wanted:
+            path.unlink()
+    update_json(folder / "config.json", {"transformers.js_config": {"dtype": DTYPES[choices[-1]]}})
 
 
 def store_weights(model, dtype: str) -> None:
