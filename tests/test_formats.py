@@ -213,8 +213,9 @@ def test_formats_go_up_after_the_model_with_its_options(hub, publish, tmp_path):
         assert all(found[file] == f"{name} {file}".encode() for file in files)
         assert f"{hub.url}/{REPO}-{name}/commit/" in done.stdout
     # An engine would still load weights that the format no longer has; other files are somebody's.
-    hub.repos[f"{REPO}-GGUF"].files |= {"old-Q4_0.gguf": b"old", "NOTES.md": b"somebody's"}
-    hub.repos[REPO].files["somebody.gguf"] = b"somebody's"
+    for name, files in ((f"{REPO}-GGUF", ["old-Q4_0.gguf", "NOTES.md"]), (REPO, ["somebody.gguf"])):
+        hub.repos[name].files |= {file: b"somebody's" for file in files}
+        hub.repos[name].commit("by hand")
     (tmp_path / "formats/GGUF/Modelfile").write_text("new")
     assert publish().returncode == 0
     found = on_the_hub(hub, "GGUF")
