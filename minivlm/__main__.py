@@ -23,13 +23,14 @@ COMMANDS = {  # name -> what it does; the module is minivlm.commands.NAME
     "publish": "Upload a trained model to the Hugging Face Hub.",
     "plot": "Draw the loss and the scores of training runs.",
     "benchmark": "Measure how fast a model trains and answers, beside its peers.",
+    "benchmark-formats": "Measure a model as it is, as ONNX graphs and as GGUF files.",
     "benchmark-data": "Measure how fast rows become batches.",
 }
 
 
 def usage() -> str:
     """Return the list of commands, a line each."""
-    lines = [f"  {name:<16}{text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<18}{text}" for name, text in COMMANDS.items()]
     closing = "`minivlm COMMAND --help` lists the options of a command; --debug shows the traceback of an error."
     return "\n".join(["usage: minivlm COMMAND [OPTION ...]", "", *lines, "", closing])
 

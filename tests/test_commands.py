@@ -74,7 +74,9 @@ def test_the_list_imports_no_library():
 
 def test_help_imports_neither_torch_nor_transformers():
     """They take seconds. The commands that are left out have the options of training, which transformers parses."""
-    quick = sorted(COMMANDS.keys() - {"train", "train-tower", "preview", "benchmark", "benchmark-data"})
+    quick = sorted(
+        COMMANDS.keys() - {"train", "train-tower", "preview", "benchmark", "benchmark-data", "benchmark-formats"}
+    )
     code = f"""
 import contextlib, io, sys
 from minivlm.__main__ import main

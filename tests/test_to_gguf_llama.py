@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.gguf import CASES, MARKER, TEXTS, LlamaCpp, write
+from helpers.gguf import CASES, TEXTS, write
 from helpers.models import ROOT, make_processor
+from minivlm.benchmark.llama import MARKER, LlamaCpp
 from minivlm.commands.convert import main
 from minivlm.model.loading import load_trained
 

@@ -102,9 +102,9 @@ def benchmark_answers(shape: Shape, args: Namespace) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     """Print the tables of the topics."""
     args = parse_args(argv)
-    shape = read_shape(args.shape)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    shape = read_shape(args.shape)
     about = machine() | {"shape": args.shape, "rounds": args.rounds}
     say("\n".join(f"{key}: {value}" for key, value in about.items()))
     works = {"training": benchmark_training, "answers": benchmark_answers}

@@ -49,12 +49,13 @@ TO_GGUF = """Write GGUF files for llama.cpp, Ollama and LM Studio: the decoder, 
 
 Pictures need a SigLIP tower and the default projector. --text_only writes the decoder of any model.
 """
-TO_ONNX = """Write ONNX graphs for onnxruntime and transformers.js: tower with projector, embeddings, decoder with cache.
+TO_ONNX = """Write ONNX graphs: tower with projector, embeddings, decoder with cache.
 
     minivlm convert to_onnx runs/train/final --out runs/onnx --verify
     minivlm convert to_onnx runs/train/final --out runs/onnx-int8 --dtype int8
 
-int8 and int4 compute with matrices of so many bits. They are the fastest for one answer at a time, and run by onnxruntime alone.
+onnxruntime and transformers.js read them. int8 and int4 compute with matrices of so many bits, by onnxruntime alone;
+they are the fastest for one answer at a time.
 """
 EXPORTS = {  # command -> its module in minivlm/convert, with function(source, out, verify), and its help
     "to_minimind": (

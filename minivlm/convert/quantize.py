@@ -34,32 +34,32 @@ IN_8_BITS = 4  # MatMulNBits' name for multiplying in 8 bits, `accuracy_level`
 WEIGHTS = {"MatMul": 1, "Conv": 1, "Gemm": 1, "Gather": 0}  # operator -> which of its inputs is the weight
 
 
-def shrink(folder: Path, choice: str) -> None:
-    """Replace the fp32 graphs in `folder`/onnx by smaller ones, and say so in config.json.
+def shrink(folder: Path, *choices: str) -> None:
+    """Replace the fp32 graphs in `folder`/onnx by smaller ones, and name those of the last choice in config.json.
 
     Args:
-        choice: a key of `DTYPES`, whose values are the data types of the graphs.
+        choices: keys of `DTYPES`, whose values are the data types of the graphs. The folder then has the graphs of
+            all of them; one that two choices share is written once.
     """
     import onnx  # of the extra `onnx`
 
     from minivlm.convert.onnx_graphs import LARGEST_FILE  # it imports torch
     from minivlm.convert.transformers_js import update_json
 
-    for name, dtype in DTYPES[choice].items():
-        path = folder / "onnx" / f"{name}.onnx"
-        if dtype != "fp32":
+    for name in (VISION, EMBED, DECODER):
+        path, wanted = folder / "onnx" / f"{name}.onnx", {DTYPES[choice][name] for choice in choices}
+        for dtype in wanted - {"fp32"}:
             model = onnx.load(path)
             if dtype in BITS:
                 model = compute_in(BITS[dtype], model)
             else:
                 store_weights(model, dtype)
-            small = folder / "onnx" / f"{name}{SUFFIXES[dtype]}.onnx"
-            onnx.save(
-                model, small, save_as_external_data=model.ByteSize() > LARGEST_FILE, location=f"{small.name}_data"
-            )
-            for old in path.parent.glob(f"{path.name}*"):  # the graph, and its weights if they are in a file beside it
+            small, is_large = folder / "onnx" / f"{name}{SUFFIXES[dtype]}.onnx", model.ByteSize() > LARGEST_FILE
+            onnx.save(model, small, save_as_external_data=is_large, location=f"{small.name}_data")
+        if "fp32" not in wanted:
+            for old in path.parent.glob(f"{path.name}*"):  # and its weights, if they are in a file beside it
                 old.unlink()
-    update_json(folder / "config.json", {"transformers.js_config": {"dtype": DTYPES[choice]}})
+    update_json(folder / "config.json", {"transformers.js_config": {"dtype": DTYPES[choices[-1]]}})
 
 
 def compute_in(bits: int, model):

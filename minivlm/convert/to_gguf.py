@@ -8,6 +8,7 @@ import torch
 from transformers import ProcessorMixin
 
 from configuration_minivlm import MiniVLMConfig
+from minivlm.convert.errors import Inexpressible
 from minivlm.convert.files import new_folder
 from minivlm.convert.gguf_text import beyond_qwen3, chat_template, read_tokenizer, text_metadata, text_tensors
 from minivlm.convert.gguf_vision import (
@@ -50,10 +51,10 @@ def to_gguf(
         Lines for the user.
 
     Raises:
-        ValueError: the package gguf is not installed, or llama.cpp cannot express the model. Nothing is written.
+        ValueError: the package gguf is not installed.
+        Inexpressible: llama.cpp cannot express the model. Nothing is written.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError("The package gguf is not installed. Install it: pip install gguf")
+    check_package()
     config, processor = load_config(source), load_processor(source)
     check_text(config, processor)
     if not text_only:
@@ -71,10 +72,16 @@ def to_gguf(
     return lines + notes(config, processor, text_only)
 
 
+def check_package() -> None:
+    """Raise ValueError if the package that writes GGUF files is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("The package gguf is not installed. Install it: pip install gguf")
+
+
 def check_text(config: MiniVLMConfig, processor: ProcessorMixin) -> None:
-    """Raise ValueError if the model file cannot express the decoder or its tokenizer."""
+    """Raise Inexpressible if the model file cannot express the decoder or its tokenizer."""
     if problems := beyond_qwen3(config.text_config):
-        raise ValueError(
+        raise Inexpressible(
             f"to_gguf cannot express {'; '.join(problems)}. Export the decoder by to_causal_lm, and convert it by "
             "llama.cpp's own converter."
         )
@@ -82,16 +89,16 @@ def check_text(config: MiniVLMConfig, processor: ProcessorMixin) -> None:
 
 
 def check_pictures(config: MiniVLMConfig, processor: ProcessorMixin, force: bool) -> None:
-    """Raise ValueError if llama.cpp cannot express tower, projector or image processor, or gets the tower wrong."""
+    """Raise Inexpressible if llama.cpp cannot express tower, projector or image processor, or gets the tower wrong."""
     problems = beyond_mtmd(config)
     problems += [] if problems else beyond_preprocessing(processor, config.vision_config)
     if problems:
-        raise ValueError(
+        raise Inexpressible(
             f"llama.cpp cannot express {'; '.join(problems)}. Train a SigLIP tower with the default projector, or "
             "write the decoder alone by --text_only."
         )
     if has_class_token(config) and not force:
-        raise ValueError(
+        raise Inexpressible(
             f"llama.cpp gives wrong answers with {CLASS_TOKEN}. Train a SigLIP tower, write the decoder alone by "
             "--text_only, or write all the same by --force, for a llama.cpp with the repair."
         )

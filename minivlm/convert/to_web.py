@@ -12,6 +12,9 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import ProcessorMixin
+
+from minivlm.convert.errors import Inexpressible
 from minivlm.convert.files import new_folder
 from minivlm.convert.onnx_graphs import export
 from minivlm.convert.quantize import shrink
@@ -19,6 +22,7 @@ from minivlm.convert.to_onnx import check_packages, compare
 from minivlm.convert.transformers_js import obstacles, save_settings, too_large, write_json
 from minivlm.model.loading import load_trained
 from minivlm.resources import FONT, PACKAGE, WEB
+from modeling_minivlm import MiniVLMForConditionalGeneration
 
 CDN = "https://cdn.jsdelivr.net"
 # On the Hub a large file of a Space may be sent on to another host, and the page's rules hold for it, too.
@@ -65,13 +69,13 @@ def to_web(
         Lines for the user.
 
     Raises:
-        ValueError: transformers.js cannot run the model, a file of `LIBRARY` is not in `library`, or as for `to_onnx`.
+        ValueError: a file of `LIBRARY` is not in `library`, or as for `to_onnx`.
+        Inexpressible: transformers.js cannot run the model.
     """
     check_packages()
     scripts = {} if library is None else read_library(library)
     model, processor = load_trained(source)
-    if reasons := obstacles(model.config, processor) + too_large(model):
-        raise ValueError(f"transformers.js cannot run {source}: {'; '.join(reasons)}.")
+    check_model(model, processor, source)
     model.float().eval()
     with new_folder(out) as folder:
         graphs = folder / "model"
@@ -89,6 +93,12 @@ def to_web(
         f"transformers.js comes from {where}",
         f"To look at it: python -m http.server --bind 127.0.0.1 --directory {out}",
     ]
+
+
+def check_model(model: MiniVLMForConditionalGeneration, processor: ProcessorMixin, source: str | Path) -> None:
+    """Raise Inexpressible if transformers.js cannot run the model of `source`."""
+    if reasons := obstacles(model.config, processor) + too_large(model):
+        raise Inexpressible(f"transformers.js cannot run {source}: {'; '.join(reasons)}.")
 
 
 def read_library(folder: Path) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """Write the model card, README.md, from the files that a run leaves behind: run.json, recipe.yaml and loss.png.
 
-benchmarks.json, which `minivlm evaluate --tasks --json` writes, also goes into the card and into .eval_results.
+benchmarks.json, which `minivlm evaluate --tasks --json` writes, also goes into the card and into .eval_results, and
+formats.json, which `minivlm benchmark-formats --json` writes, into the card.
 """
 
 import json
@@ -13,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from minivlm.hub.check import RESULTS, read_header
+from minivlm.hub.format_table import RECORD, formats_section
 from minivlm.hub.results import (
     benchmark_entries,
     benchmark_results,
@@ -35,7 +37,7 @@ def write_card(folder: Path, repo_id: str, run: dict | None) -> None:
         run: content of run.json; None if there is none.
     """
     path, run = folder / "README.md", run or {}
-    benchmarks = benchmarks_of(folder)
+    benchmarks, formats = benchmarks_of(folder), formats_section(beside(folder, RECORD), folder / "model.safetensors")
     if path.is_file() and MARKER not in path.read_text(encoding="utf-8"):
         return
     name, options, metrics = repo_id.split("/")[-1], run.get("options", {}), run.get("metrics") or {}
@@ -56,11 +58,11 @@ def write_card(folder: Path, repo_id: str, run: dict | None) -> None:
         put(folder / "loss.png", plot.read_bytes())
     parts = [
         MARKER,
-        f"# {name}\n\nA small vision-language model of {size / 1e6:,.1f} million parameters, made with MiniVLM: "
-        "pictures and questions in, answers out.",
+        INTRODUCTION.format(name=name, millions=size / 1e6),
         "## Use\n\n" + SNIPPET.format(repo_id=repo_id),
         results(metrics),
         benchmark_table(benchmarks),
+        formats,
         training(run, bool(plot)),
         fold("Recipe", recipe(folder, options), "yaml") if options else "",
         "## Training data\n\n" + "\n".join(f"- `{s}`" for s in options["data"]) if options.get("data") else "",
@@ -85,6 +87,11 @@ def benchmarks_of(folder: Path) -> dict:
     return found
 
 
+INTRODUCTION = """\
+# {name}
+
+A small vision-language model of {millions:,.1f} million parameters, made with MiniVLM: pictures and questions in, \
+answers out."""
 SNIPPET = """\
 The model's code comes with its weights: read it, then allow it with `trust_remote_code=True`.
 

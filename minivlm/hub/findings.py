@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 from minivlm.hub.background import link_or_copy
 from minivlm.hub.card import beside, read_run, write_card
 from minivlm.hub.check import files_of, loading_problems, read_header
+from minivlm.hub.format_table import RECORD
 from minivlm.hub.secrets import leaks, scrub
 
 MEGABYTE = 10**6
@@ -58,7 +59,7 @@ def stage(folder: Path, target: Path, repo_id: str | None) -> Path:
     for name in files_of(folder):
         (model / name).parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(folder / name, model / name)
-    for name in ("recipe.yaml", "loss.png"):
+    for name in ("recipe.yaml", "loss.png", RECORD):
         if path := beside(folder, name):
             link_or_copy(path, target / name)
     write_card(model, repo_id or "owner/name", read_run(folder))

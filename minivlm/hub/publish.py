@@ -5,7 +5,10 @@ transformers would load instead of the new ones. A failed upload can be repeated
 are not sent again.
 """
 
+import re
 import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -18,25 +21,38 @@ from minivlm.hub.retries import describe, remedy, retry
 from minivlm.hub.secrets import scrub
 
 MESSAGE = "Upload model"
+EXPORTED = re.compile(r".*\.(onnx|onnx\.data|gguf)")  # weights in the formats of other engines
 
 
 class ReleaseError(UserError):
     """A model was not uploaded or not tagged; the message states the reason, a remedy, and the command to repeat."""
 
 
-def publish(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    tag: str | None = None,
-    message: str = MESSAGE,
-    run: dict | None = None,
-) -> str:
+@dataclass(frozen=True)
+class Release:
+    """Say what one call of `minivlm publish` uploads, and how. `formats`: also the formats of other engines."""
+
+    folder: Path
+    repo_id: str
+    private: bool = False
+    tag: str | None = None
+    message: str = MESSAGE
+    formats: bool = False
+
+    def command_line(self) -> str:
+        """Return the command with these options, quoted for a shell."""
+        command = ["minivlm", "publish", str(self.folder), "--repo_id", self.repo_id]
+        command += (["--private"] if self.private else []) + (["--tag", self.tag] if self.tag else [])
+        command += ["--message", self.message] if self.message != MESSAGE else []
+        return shlex.join(command + (["--formats"] if self.formats else []))
+
+
+def publish(folder: str | Path, repo_id: str, *, run: dict | None = None, **options) -> str:
     """Put the model in `folder` on the Hub: repository (made if need be), one commit, tag.
 
     Args:
         run: content of run.json for the card. Default: the file in the model's folder or the one above.
+        options: the other fields of `Release`.
 
     Returns:
         URL of the commit; of the newest one if the Hub already has all of it.
@@ -45,14 +61,35 @@ def publish(
         ValueError: the folder is not ready for the Hub; nothing was sent.
         ReleaseError: the upload failed. The folder is as it was, except for its card.
     """
-    folder, url = Path(folder), None
-    check(folder, repo_id, tag)
+    release = Release(Path(folder), repo_id, **options)
+    check(release.folder, repo_id, release.tag)
+
+    def prepare() -> list[Path]:
+        write_card(release.folder, repo_id, read_run(release.folder) if run is None else run)
+        return files_of(release.folder)
+
+    return upload(release, release.folder, repo_id, prepare, WEIGHTS)
+
+
+def upload(
+    release: Release, folder: Path, repo_id: str, prepare: Callable[[], list[Path]], weights: re.Pattern
+) -> str:
+    """Make the repository if need be, commit files of `folder` to it, tag the commit, and return its URL.
+
+    Args:
+        release: what the user called for, for the options and the command to repeat.
+        prepare: returns the files, relative to `folder`.
+        weights: names of files that are deleted on the Hub unless they are among the files.
+
+    Raises:
+        ReleaseError: as for `publish`.
+    """
+    url, tag = None, release.tag
     try:
-        write_card(folder, repo_id, read_run(folder) if run is None else run)
-        api, files = HfApi(), files_of(folder)
+        files, api = prepare(), HfApi()
         # None, not False, so that an organisation whose repositories are private by default gets a private one.
-        retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
-        commit = retry(lambda: commit_files(api, folder, files, repo_id, message))
+        retry(lambda: api.create_repo(repo_id, private=release.private or None, exist_ok=True))
+        commit = retry(lambda: commit_files(api, folder, files, repo_id, release.message, weights))
         url = commit.commit_url
         if tag:
             retry(lambda: tag_commit(api, repo_id, tag, commit.oid))
@@ -61,8 +98,8 @@ def publish(
         state = f"{repo_id} is uploaded ({url}) but not tagged {tag}" if url else f"{repo_id} is not uploaded"
         problem = f"{state}: {explain(error, repo_id)}"
     # Raised after the handler: the first error may hold the token, and must not be part of the traceback.
-    again = command_line(folder, repo_id, private, tag, message)
-    raise ReleaseError(scrub(f"{problem}\nThe model itself is safe in {folder}. To go on later:\n    {again}"))
+    safe = f"The model itself is safe in {release.folder}. To go on later:\n    {release.command_line()}"
+    raise ReleaseError(scrub(f"{problem}\n{safe}"))
 
 
 def preview_upload(folder: str | Path, repo_id: str, tag: str | None = None) -> dict[Path, int]:
@@ -74,14 +111,12 @@ def preview_upload(folder: str | Path, repo_id: str, tag: str | None = None) -> 
     folder = Path(folder)
     check(folder, repo_id, tag)
     write_card(folder, repo_id, read_run(folder))
+    return sizes_of(folder)
+
+
+def sizes_of(folder: Path) -> dict[Path, int]:
+    """Return the size in bytes of each file of `folder` that goes up."""
     return {file: (folder / file).stat().st_size for file in files_of(folder)}
-
-
-def command_line(folder: Path, repo_id: str, private: bool, tag: str | None, message: str) -> str:
-    """Return the command that publishes with these options, quoted for a shell."""
-    command = ["minivlm", "publish", str(folder), "--repo_id", repo_id]
-    command += (["--private"] if private else []) + (["--tag", tag] if tag else [])
-    return shlex.join(command + (["--message", message] if message != MESSAGE else []))
 
 
 def explain(error: Exception, repo_id: str) -> str:
@@ -91,14 +126,16 @@ def explain(error: Exception, repo_id: str) -> str:
     return f"{describe(cause)}. {remedy(cause, repo_id)}".strip()
 
 
-def commit_files(api: HfApi, folder: Path, files: list[Path], repo_id: str, message: str) -> CommitInfo:
+def commit_files(
+    api: HfApi, folder: Path, files: list[Path], repo_id: str, message: str, weights: re.Pattern
+) -> CommitInfo:
     """Make one commit of `files` on top of the newest one, and delete weights that are not among them.
 
     After a commit whose answer was lost, a second call finds no change and returns that commit.
     """
     operations = [CommitOperationAdd(file.as_posix(), str(folder / file)) for file in files]
     ours = {file.as_posix() for file in files}
-    stale = [name for name in api.list_repo_files(repo_id) if WEIGHTS.fullmatch(name) and name not in ours]
+    stale = [name for name in api.list_repo_files(repo_id) if weights.fullmatch(name) and name not in ours]
     operations += [CommitOperationDelete(name) for name in stale]
     return api.create_commit(repo_id, operations, commit_message=message)
 

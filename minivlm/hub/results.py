@@ -55,18 +55,27 @@ def eval_results(metrics: dict, sources: list[str]) -> list[EvalResult]:
     ]  # fmt: skip
 
 
-def read_benchmarks(path: Path | None, weights: Path) -> dict:
-    """Return what `minivlm evaluate --tasks --json` wrote to `path`; without results if `path` is None.
+def read_record(path: Path, weights: Path, command: str) -> dict:
+    """Return the content of a JSON file with results of the model whose weights are in the file `weights`.
+
+    Args:
+        command: what writes the file, for the message.
 
     Raises:
         ValueError: the results are those of other weights.
     """
-    if path is None:
-        return {"results": []}
     record = json.loads(path.read_text(encoding="utf-8"))
     if weights.is_file() and record.get("weights_sha256") != digest(weights):
-        raise ValueError(f"{path} holds results of other weights than {weights}. Run minivlm evaluate --tasks again.")
+        raise ValueError(f"{path} holds results of other weights than {weights}. Run {command} again.")
     return record
+
+
+def read_benchmarks(path: Path | None, weights: Path) -> dict:
+    """Return what `minivlm evaluate --tasks --json` wrote to `path`; without results if `path` is None.
+
+    Errors are those of `read_record`.
+    """
+    return {"results": []} if path is None else read_record(path, weights, "minivlm evaluate --tasks")
 
 
 def benchmark_evidence(row: dict, record: dict) -> str:

@@ -4,7 +4,7 @@ Letters: B batch, T tokens, N pictures, I image tokens of a picture, D width, V 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +27,19 @@ class Graphs:
     Args:
         folder: made by `to_onnx`, or the folder `model` made by `to_web`.
         threads: to compute with; without it as many as `count_threads` returns.
+        dtypes: data type of each graph, a value of `DTYPES` in `minivlm/convert/quantize.py`; without it those that
+            config.json names.
 
     Raises:
         ValueError: onnxruntime is not installed or cannot read a graph.
         OSError: a file is missing.
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None):
+    def __init__(self, folder: str | Path, threads: int | None = None, dtypes: dict[str, str] | None = None):
         folder = Path(folder)
         config, options = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
-        self.vision, self.embed, self.decoder = open_graphs(folder, config, threads or count_threads())
+        files = graph_files(folder, dtypes)
+        self.vision, self.embed, self.decoder = (open_graph(path, threads or count_threads()) for path in files)
         self.image = config.get("image_token_index", config.get("image_token_id"))  # LLaVA's name, and ours
         ends = options.get("eos_token_id")
         self.ends = [] if ends is None else np.atleast_1d(ends).tolist()
@@ -49,33 +52,42 @@ class Graphs:
         max_new_tokens: int,
         choose: Callable[[np.ndarray], np.ndarray] = likeliest,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return a continuation of each prompt. It ends with an end token, or at the limit.
+        """Return what `stream` yields: tokens (B, new tokens), and the logits of the prompt (B, T, V)."""
+        steps = list(self.stream(inputs, max_new_tokens, choose))
+        return np.stack([token for token, _ in steps], axis=1), steps[0][1]
+
+    def stream(
+        self,
+        inputs: dict[str, np.ndarray],
+        max_new_tokens: int,
+        choose: Callable[[np.ndarray], np.ndarray] = likeliest,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Yield each next token (B,) of a continuation of each prompt.
+
+        With the first one come the prompt's logits (B, T, V). Behind its end token a continuation is padded. The
+        iteration ends once all have ended, or at the limit.
 
         Args:
-            inputs: `input_ids` and `attention_mask` (B, T), int64, padded on the left; with pictures also
+            inputs: `input_ids` and `attention_mask` (B, T), int64, padded on the left, and if there are pictures
                 `pixel_values` (N, 3, H, W), float32.
             max_new_tokens: upper limit of an answer.
             choose: returns the next token (B,) of the scores (B, V), float32; the likeliest if it is left out.
-
-        Returns:
-            Tokens (B, new tokens), with padding after an end token, and the logits of the prompt (B, T, V).
 
         Raises:
             ValueError: the prompt has another number of image tokens than the pictures fill.
         """
         embeds, mask = self.embeddings(inputs), inputs["attention_mask"]
         positions, cache = np.maximum(mask.cumsum(1) - 1, 0), empty_cache(self.decoder, len(mask))
-        answer, prompt_logits, finished = [], None, np.zeros(len(mask), bool)
-        while True:
+        finished = np.zeros(len(mask), bool)
+        for number in range(max_new_tokens):
             logits, cache = self.step(embeds, mask, positions, cache)
-            prompt_logits = logits if prompt_logits is None else prompt_logits
             scores = logits[:, -1].copy()
             scores[:, self.suppressed] = -np.inf
             token = np.where(finished, self.pad, choose(scores))
-            answer.append(token)
+            yield token, logits if number == 0 else None
             finished |= np.isin(token, self.ends)
-            if finished.all() or len(answer) == max_new_tokens:
-                return np.stack(answer, axis=1), prompt_logits
+            if finished.all():
+                return
             embeds = self.embed.run(None, {"input_ids": token[:, None]})[0]  # (B, 1, D)
             mask = np.concatenate((mask, np.ones_like(mask[:, :1])), axis=1)
             positions = positions[:, -1:] + 1
@@ -107,8 +119,29 @@ class Graphs:
         return logits.numpy(), dict(zip(cache, present))
 
 
-def open_graphs(folder: Path, config: dict, threads: int) -> list:
-    """Return the onnxruntime sessions of tower with projector, embeddings and decoder, in the folder's data types."""
+def graph_files(folder: Path, dtypes: dict[str, str] | None = None) -> list[Path]:
+    """Return the files of tower with projector, embeddings and decoder; for `dtypes` see `Graphs`.
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    if dtypes is None:
+        dtypes = read_json(folder / "config.json").get("transformers.js_config", {}).get("dtype", "fp32")
+    chosen = {name: dtypes if isinstance(dtypes, str) else dtypes[name] for name in (VISION, EMBED, DECODER)}
+    files = [folder / "onnx" / f"{name}{SUFFIXES[dtype]}.onnx" for name, dtype in chosen.items()]
+    if missing := [path for path in files if not path.is_file()]:
+        raise ValueError(
+            f"{missing[0]}: no such file, though config.json names its data type. Export the model again."
+        )
+    return files
+
+
+def open_graph(path: Path, threads: int):
+    """Return the onnxruntime session of a graph.
+
+    Raises:
+        ValueError: onnxruntime is not installed or cannot read the graph.
+    """
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -116,17 +149,10 @@ def open_graphs(folder: Path, config: dict, threads: int) -> list:
     options = onnxruntime.SessionOptions()
     # By default it takes every core of the machine, and pins threads to cores that the process may not use.
     options.intra_op_num_threads = threads
-    dtypes = config.get("transformers.js_config", {}).get("dtype", "fp32")  # of all graphs, or of each
-    sessions = []
-    for name in (VISION, EMBED, DECODER):
-        path = folder / "onnx" / f"{name}{SUFFIXES[dtypes if isinstance(dtypes, str) else dtypes[name]]}.onnx"
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file, though config.json names its data type. Export the model again.")
-        try:
-            sessions.append(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
-        except Exception as error:  # onnxruntime has a class for each kind of damage, below Exception alone
-            raise ValueError(f"{path}: onnxruntime cannot read it: {' '.join(str(error).split())}") from error
-    return sessions
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class for each kind of damage, below Exception alone
+        raise ValueError(f"{path}: onnxruntime cannot read it: {' '.join(str(error).split())}") from error
 
 
 def count_threads() -> int:
