@@ -52,6 +52,7 @@ def draw_flops(path: Path, cluster: Cluster, step: Rows) -> None:
             stacks = [[cost[part] / 1e12 for cost in costs] for part in PARTS]
             axes.stackplot(list(x), stacks, labels=PARTS, colors=[COLORS[part] for part in PARTS])
             axes.set(xlabel=label, ylabel="TFLOP a row", title=f"{name} model", xlim=(min(x), max(x)))
+            axes.set_xticks([1, 4, 8, 12, 16] if x == counts else [128, 1024, 2048, 3072, 4096])
             axes.grid(alpha=0.3)
     handles, names = axes.get_legend_handles_labels()
     line[0].legend(handles[::-1], names[::-1], loc="upper left", fontsize=9)
@@ -82,8 +83,10 @@ def draw_memory(path: Path, cluster: Cluster, step: Rows) -> None:
     right.set(xscale="log", xlabel="ranks", ylabel="GB", ylim=(0, None))
     right.set_xticks(ranks, [str(n) for n in ranks])
     right.minorticks_off()
-    for axes in (left, right):
-        axes.axhline(cluster.memory * (1 - cluster.reserve) / 1e9, color="#888888", linewidth=1)
+    limit = cluster.memory * (1 - cluster.reserve) / 1e9
+    for axes, x in ((left, 1), (right, 64)):
+        axes.axhline(limit, color="#888888", linewidth=1)
+        axes.text(x, 1.03 * limit, f"{limit:g} GB", fontsize=9, ha="left" if x == 1 else "right")
     left.legend(fontsize=9)
     right.legend(fontsize=9)
     save(figure, path)
@@ -106,9 +109,9 @@ def draw_communication(path: Path, cluster: Cluster, step: Rows) -> None:
             axes.plot(balances, shares, style, label=strategy)
         for label, (ranks, one) in networks(cluster).items():
             axes.axvline(one.balance(ranks), color="#888888", linewidth=1)
-            left = ranks == 8
-            axes.text(one.balance(ranks), 98, f"{label} " if left else f" {label}", rotation=90, fontsize=8,
-                      va="top", ha="right" if left else "left")  # fmt: skip
+            inside, name_of_line = ranks == 8, label.removeprefix("64 GPUs, ")
+            axes.text(one.balance(ranks), 98, f"{name_of_line} " if inside else f" {name_of_line}", rotation=90,
+                      fontsize=9, va="top", ha="right" if inside else "left")  # fmt: skip
         axes.set(xscale="log", xlabel="machine balance, FLOP per byte", ylabel=WAITING, ylim=(0, 100))
     both[0].legend(loc="center left", fontsize=9)
     save(figure, path)

@@ -1,8 +1,8 @@
 """Hold the sizes of the models whose cost is computed, and count their parameters.
 
 The first model has the shape of MiniMind-3V. The decoders of the others have the sizes of Qwen3-0.6B and Qwen3-1.7B
-(arXiv 2505.09388 and their config.json), and those of Qwen3-8B with 32 blocks instead of 36. All have the tower of the first model,
-which stays frozen, and share the LM head with the token embeddings.
+(arXiv 2505.09388 and their config.json), and those of Qwen3-8B with 32 blocks instead of 36. All have the tower of the
+first model, which stays frozen, and share the LM head with the token embeddings.
 """
 
 from dataclasses import dataclass
