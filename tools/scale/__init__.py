@@ -1,0 +1,1 @@
+"""Compute what training costs at other sizes: FLOPs, memory, communication, time and money."""
