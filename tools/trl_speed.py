@@ -22,6 +22,7 @@ from minivlm.cli import Parser, run_command
 from minivlm.data.rows import Rows, load_rows
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+MOST = 8  # questions in a conversation
 
 
 def conversations(rows: Rows, count: int, seed: int) -> list[dict]:
@@ -32,7 +33,7 @@ def conversations(rows: Rows, count: int, seed: int) -> list[dict]:
         raise ValueError(f"The data has {len(groups)} pictures, fewer than --rows {count}.")
     for group in rng.sample(groups, count):
         turns = []
-        for index in group[: rng.randint(1, len(group))]:
+        for index in group[: rng.randint(1, min(len(group), MOST))]:
             question, answer = json.loads(rows[index]["conversations"])
             content = question["content"].replace("<image>\n", "" if turns else "<image>\n")
             turns += [{**question, "content": content}, answer]
@@ -50,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m tools.trl_speed")
     parser.add_argument("--model", default=".", help="Folder of the model.")
     parser.add_argument("--data", default="data/train.parquet", help="Rows in MiniMind-V's columns.")
-    parser.add_argument("--rows", type=int, default=96, help="Conversations to train on.")
+    parser.add_argument("--rows", type=int, default=48, help="Conversations to train on.")
     parser.add_argument("--batch_size", type=int, default=16, help="Rows of a padded batch.")
-    parser.add_argument("--pack_tokens", type=int, default=4096, help="Most tokens in a pack.")
+    parser.add_argument("--pack_tokens", type=int, default=2048, help="Most tokens in a pack.")
     parser.add_argument("--rounds", type=int, default=5, help="Turns of each side.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the conversations.")
     args = parser.parse_args(argv)
