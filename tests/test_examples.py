@@ -3,14 +3,19 @@
 import importlib
 import json
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import SFTConfig
 
-from helpers.data import row, write
-from helpers.models import ROOT, make_model, make_pixels, make_processor, make_prompt
+from helpers.data import ENCODER, row, write
+from helpers.models import ROOT, make_model, make_pixels, make_processor, make_prompt, same
+from minivlm.data.encoder import IGNORE
+from minivlm.data.rows import load_rows
+from minivlm.model.packed_attention import NAME
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -61,6 +66,86 @@ def test_sft_learns_the_assistants_words_alone(start, choices, tmp_path):
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged[-1] < logged[0] - 2
     assert loaded(tmp_path / "out").config.model_type == "minivlm"
+
+
+@pytest.fixture
+def unequal(tmp_path):
+    """Write eight rows of unequal lengths with 0 to 2 pictures, and one that is too long; return the path."""
+    rows = [row("word " * 7 * i, f"answer {i}. " * i, images=(0, 1, 2)[i % 3], seed=3 * i) for i in range(1, 9)]
+    return write(tmp_path / "unequal.parquet", [*rows, row("word " * 400)])
+
+
+def pack_without_learning(start, data, folder, *options):
+    """Run the packed example at a learning rate of 0; return its trainer."""
+    options = ("--max_steps", "-1", "--learning_rate", "0", "--pack_tokens", "256", "--max_length", "256", *options)
+    return run("sft_trl_packed", start, data, folder, *options)
+
+
+def loss_and_gradients(trainer, batch, answers):
+    """Return TRL's loss of a batch, divided by `answers`, and the gradients."""
+    trainer.model.zero_grad()
+    batch = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(answers))
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_packs_have_the_loss_and_gradients_of_their_rows_padded_and_alone(start, unequal, tmp_path):
+    packed = pack_without_learning(start, unequal, tmp_path / "packed", "--max_steps", "1")
+    assert packed.model.model.language_model.config._attn_implementation == NAME
+    options = ("--max_steps", "1", "--learning_rate", "0")
+    padded = run("sft_trl", start, unequal, tmp_path / "padded", *options)
+    rows = [padded.train_dataset[i] for i in range(8)]
+    batch = packed.data_collator(list(packed.train_dataset))
+    answers = int((batch["labels"] != IGNORE).sum())
+    loss, slopes = loss_and_gradients(packed, batch, answers)
+    together = padded.data_collator(rows)
+    assert int((together["labels"] != IGNORE).sum()) == answers
+    assert together["input_ids"].numel() > batch["input_ids"].numel() == int(together["attention_mask"].sum())
+    alone = [loss_and_gradients(padded, padded.data_collator([r]), answers) for r in rows]
+    sums = {name: sum(found[name] for _, found in alone if name in found) for name in slopes}
+    for wanted, found in (loss_and_gradients(padded, together, answers), (sum(part for part, _ in alone), sums)):
+        assert loss == pytest.approx(wanted, abs=1e-5)
+        assert slopes.keys() == found.keys()
+        for name, slope in slopes.items():
+            same(slope, found[name], atol=1e-5)
+
+
+def rows_of(batch) -> list[tuple[int, ...]]:
+    """Return the token ids of each row in a batch of packs; rows begin where positions do."""
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()[1:]
+    return [tuple(part.tolist()) for part in torch.tensor_split(batch["input_ids"][0], starts)]
+
+
+def test_packs_have_every_row_once_an_epoch_and_count_what_is_left_out(start, unequal, tmp_path, capsys):
+    trainer = pack_without_learning(start, unequal, tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "8 of 9 rows in" in out and "  1 x too long\n" in out
+    samples = [ENCODER(load_rows([unequal]).sample(i)) for i in range(8)]
+    wanted = Counter(tuple(sample["input_ids"].tolist()) for sample in samples)
+    loader = trainer.get_train_dataloader()
+    for _ in range(2):
+        batches = list(loader)
+        assert Counter(ids for batch in batches for ids in rows_of(batch)) == wanted
+        assert sum(len(batch["pixel_values"]) for batch in batches) == sum(len(s["pixel_values"]) for s in samples)
+    assert trainer.state.global_step == len(loader) > 1
+
+
+def test_a_damaged_picture_is_named_and_packs_without_pictures_train(start, tmp_path, capsys):
+    rows = [row(images=0), {**row(), "image_bytes": [b"damaged"]}]
+    pack_without_learning(start, write(tmp_path / "rows.parquet", rows), tmp_path / "out")
+    assert "rows.parquet, row 1: unreadable picture" in capsys.readouterr().out
+
+
+def test_trl_itself_refuses_to_pack_pictures(start, choices, tmp_path, monkeypatch):
+    example = importlib.import_module("sft_trl")
+    for option, said in (
+        ("packing", "Packing is not supported for"),
+        ("padding_free", "Padding-free .* yet not supported"),
+    ):
+        monkeypatch.setattr(example, "SFTConfig", lambda o=option, **kw: SFTConfig(**kw, **{o: True}))
+        with pytest.raises(ValueError, match=said):
+            run("sft_trl", start, choices, tmp_path / "out", "--max_steps", "1")
 
 
 def test_dpo_widens_the_margin(start, choices, tmp_path):

@@ -21,6 +21,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+import minivlm.model.branch_attention  # noqa: F401  registers sdpa_packed and sdpa_branches
 from configuration_minivlm import MiniVLMConfig
 from minivlm.model.loading import load_trained, register_config
 from minivlm.model.options import ModelArgs
