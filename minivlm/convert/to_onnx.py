@@ -7,7 +7,7 @@ import torch
 
 from minivlm.convert.files import new_folder
 from minivlm.convert.onnx_graphs import export
-from minivlm.convert.quantize import shrink
+from minivlm.convert.quantize import FOR_BROWSERS, shrink
 from minivlm.convert.transformers_js import save_settings
 from minivlm.convert.verify import example, largest_difference
 from minivlm.model.loading import load_trained
@@ -42,7 +42,8 @@ def to_onnx(source: str | Path, out: str | Path, verify: bool = False, dtype: st
         if dtype != "fp32":
             shrink(folder, dtype)
         lines = [f"{path.name}: {path.stat().st_size:,} bytes" for path in sorted((folder / "onnx").iterdir())]
-    return lines + compared + settings
+    told = settings if dtype in FOR_BROWSERS else ["onnxruntime alone runs it: minivlm ask --engine onnx"]
+    return lines + compared + told
 
 
 def check_packages() -> None:
