@@ -215,22 +215,31 @@ def test_an_answer_ends_with_the_end_token_or_at_the_limit(copy, ours, files):
         engine.answer(question, Decoding(512))
 
 
+class Watched:
+    """A session that keeps what it was given and what it returned, step by step."""
+
+    def __init__(self, session):
+        self.session, self.given, self.returned = session, [], []
+
+    def get_inputs(self):
+        return self.session.get_inputs()
+
+    def run_with_ort_values(self, names, given):
+        self.given.append(given)
+        self.returned.append(self.session.run_with_ort_values(names, given))
+        return self.returned[-1]
+
+
 def test_each_token_is_computed_once_and_the_cache_is_not_copied(engine, monkeypatch):
     """Each step reads one new token, and the very tensors that the step before returned."""
-    step, steps = Graphs.step, []
-
-    def watched(self, embeds, mask, positions, cache):
-        if steps:
-            assert all(cache[name] is value for name, value in steps[-1][1].items())
-        logits, present = step(self, embeds, mask, positions, cache)
-        steps.append((embeds.shape[1], present))
-        return logits, present
-
-    monkeypatch.setattr(Graphs, "step", watched)
+    watched = Watched(engine.graphs.decoder)
+    monkeypatch.setattr(engine.graphs, "decoder", watched)
     prompt = len(engine.prompt.tokens(SAID[0]))
     engine.answer(SAID[0], Decoding(4))
-    assert [length for length, _ in steps] == [prompt, 1, 1, 1]
-    assert {value.shape()[2] for value in steps[-1][1].values()} == {prompt + 3}
+    assert [step["inputs_embeds"].shape()[1] for step in watched.given] == [prompt, 1, 1, 1]
+    for given, (_, *returned) in zip(watched.given[1:], watched.returned):
+        cache = [value for name, value in given.items() if name.startswith("past_key_values.")]
+        assert len(cache) == len(returned) == 4 and all(a is b for a, b in zip(cache, returned))
 
 
 def test_pictures_and_image_tokens_must_agree(copy):
