@@ -41,7 +41,7 @@ def formats_notes(record: dict) -> str:
     """Return the lines below the table: what was measured, on which machine, and which formats are missing."""
     about = record["machine"]
     versions = [f"{name} {about[name]}" for name in PACKAGES if name in about]
-    threads = "one thread" if about["threads"] == 1 else f"{about['threads']} threads"
+    threads = "one thread, times are the processor's" if about["threads"] == 1 else f"{about['threads']} threads"
     notes = [
         f"Greedy answers to the first {record['rows']} rows of `{record['data']}`, one at a time. Right: an exact "
         "match, or the place for `point` and `box`; captions are left out. As transformers: the same answer, captions "
