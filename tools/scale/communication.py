@@ -6,6 +6,7 @@ weights twice and sends a gradient (arXiv 1910.02054, section 7; arXiv 2304.1127
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from minivlm.training.flops import PEAK
 from tools.scale.flops import Rows, forward_flops, step_flops
@@ -90,6 +91,7 @@ def step_bytes(model: Sizes, strategy: str, ranks: int, accumulation: int = 1, g
     )
 
 
+@cache  # the tables and plots ask for few rows, and often
 def pass_flops(model: Sizes, rows: Rows, recompute: bool = False) -> dict[str, float]:
     """Return the FLOPs of the forward and of the backward pass, in which recomputation takes place."""
     forward = sum(forward_flops(model, rows).values())
