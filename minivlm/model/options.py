@@ -38,8 +38,8 @@ class ModelArgs:
     )
     attn_implementation: str | None = option(
         None,
-        "eager, sdpa, sdpa_packed, sdpa_branches (CPU, with share_pictures), flex_attention or flash_attention_2. Left "
-        "out: sdpa where the decoder can, with packing on a CPU sdpa_packed.",
+        "eager, sdpa, sdpa_packed, sdpa_branches (CPU, with share_pictures), flex_attention or flash_attention_2. "
+        "Left out: sdpa where the decoder can, with packing on a CPU sdpa_packed.",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
 
