@@ -282,6 +282,7 @@ def test_check_installs_nothing(project):
     assert not (project / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_environment_is_made_once_kept_and_repaired(project):
     """In a path with spaces, offline: made, left alone, brought up to date, kept on a failure, rebuilt when broken."""
     wheels, venv = project / "wheels", project / ".venv"

@@ -180,7 +180,6 @@ def test_a_resumed_stream_is_the_uninterrupted_one(sources, tmp_path):
     "mode",
     [
         STREAMING,
-        ("--max_steps", "2"),
         ("--max_steps", "2", "--packing", "true", "--pack_tokens", "80", "--max_length", "80"),
     ],
 )

@@ -17,9 +17,10 @@ from helpers.models import ROOT, make_pixels, make_prompt, same, save
 from minivlm.commands.convert import main
 from minivlm.convert import transformers_js
 from minivlm.convert.onnx_graphs import VisionEncoder
+from minivlm.convert.quantize import DTYPES, shrink
 from minivlm.convert.to_onnx import compare
 from minivlm.data.pictures import decode_image
-from minivlm.onnx_engine.graphs import Graphs
+from minivlm.onnx_engine.graphs import SUFFIXES, Graphs
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -28,7 +29,8 @@ onnx = pytest.importorskip("onnx")
 @pytest.mark.parametrize(("dtype", "bits", "error"), [("int8", 8, 0.04), ("int4", 4, 0.4)])
 def test_int8_and_int4_graphs_compute_in_so_many_bits_and_come_close(dtype, bits, error, tmp_path, exported):
     model, folder = exported
-    main(["to_onnx", str(folder.parent / "ours"), "--out", str(tmp_path / "out"), "--dtype", dtype])
+    shutil.copytree(folder, tmp_path / "out")
+    shrink(tmp_path / "out", dtype)
     [path] = (tmp_path / "out" / "onnx").glob("decoder*")
     nodes = [node for node in onnx.load(path).graph.node if node.op_type == "MatMulNBits"]
     assert len(nodes) == sum(isinstance(m, torch.nn.Linear) for m in model.model.language_model.modules()) + 1
@@ -40,6 +42,14 @@ def test_int8_and_int4_graphs_compute_in_so_many_bits_and_come_close(dtype, bits
     [(_, exact), (_, close)] = [Graphs(place).generate(inputs, 1) for place in (folder, tmp_path / "out")]
     difference = np.linalg.norm((close - exact)[shown]) / np.linalg.norm(exact[shown])
     assert error / 4 < difference < error
+
+
+def test_the_command_writes_the_data_type_that_it_is_given(tmp_path, capsys):
+    save(tmp_path / "ours")
+    main(["to_onnx", str(tmp_path / "ours"), "--out", str(tmp_path / "out"), "--dtype", "int8", "--verify"])
+    graphs = {path.name for path in (tmp_path / "out" / "onnx").iterdir()}
+    assert graphs == {f"{name}{SUFFIXES[dtype]}.onnx" for name, dtype in DTYPES["int8"].items()}
+    assert "the same greedy answer" in (told := capsys.readouterr().out) and "transformers.js" not in told
 
 
 def pad_left(rows):

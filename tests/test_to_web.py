@@ -19,7 +19,7 @@ from helpers.exports import answers, read
 from helpers.models import ROOT, SIGLIP, TEXT, make_config, make_model, make_processor, save
 from minivlm.commands.convert import main
 from minivlm.convert import to_web as web
-from minivlm.convert.quantize import DTYPES, store_weights
+from minivlm.convert.quantize import DTYPES, shrink, store_weights
 from minivlm.convert.transformers_js import obstacles, picture_size, save_settings
 from minivlm.data.pictures import decode_image
 from minivlm.onnx_engine.graphs import SUFFIXES, Graphs
@@ -137,16 +137,16 @@ def test_each_channel_is_rounded_to_its_own_127th(kind, inputs, shape, axis, opt
     np.testing.assert_allclose(run(model, given), expected, rtol=1e-4, atol=1e-9)
 
 
-def test_the_data_types_give_nearly_the_same_logits(tmp_path):
-    save(tmp_path / "ours", projector_layer_norm=True)
+def test_the_data_types_give_nearly_the_same_logits(exported, tmp_path):
     logits = {}
     for dtype in ("fp32", "fp16", "q8"):
-        main(["to_web", str(tmp_path / "ours"), "--out", str(tmp_path / dtype), "--dtype", dtype])
-        names = {path.name for path in (tmp_path / dtype / "model" / "onnx").iterdir()}
+        shutil.copytree(exported[1], tmp_path / dtype)
+        shrink(tmp_path / dtype, dtype)
+        names = {path.name for path in (tmp_path / dtype / "onnx").iterdir()}
         assert names == {f"{name}{SUFFIXES[stored]}.onnx" for name, stored in DTYPES[dtype].items()}
         inputs = {"input_ids": np.array([[5, 12, 12, 12, 12, 7, 9]]), "attention_mask": np.ones((1, 7), np.int64)}
         inputs["pixel_values"] = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
-        logits[dtype] = Graphs(tmp_path / dtype / "model").generate(inputs, 1)[1]
+        logits[dtype] = Graphs(tmp_path / dtype).generate(inputs, 1)[1]
     largest = np.abs(logits["fp32"]).max()
     assert 0 < np.abs(logits["fp16"] - logits["fp32"]).max() < 0.003 * largest
     assert 0 < np.abs(logits["q8"] - logits["fp32"]).mean() < 0.1 * np.abs(logits["fp32"]).mean()
