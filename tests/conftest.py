@@ -109,6 +109,15 @@ def data(tmp_path):
 not_run = []  # slow tests; with pytest-xdist each worker counts those that it left out
 
 
+# These take longest. They begin first, or one worker would be left with them at the end.
+LONG = "test_readme test_streaming test_to_web test_to_onnx test_publish_check test_uploads test_project".split()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_deselected(items):
     not_run.extend(item.nodeid for item in items if item.get_closest_marker("slow"))
 
