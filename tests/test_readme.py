@@ -38,7 +38,7 @@ BLOCK = re.compile(r"```(\w*)\n(.*?)```\n?", re.S)
 # Options in the documents that are not options of training: of pip, pytest, and of other commands.
 OTHER_OPTIONS = {"--check", "--debug", "--verify", "--out", "--help", "--minutes", "--repo_id", "--config_file"}
 OTHER_OPTIONS |= {"--json", "--format", "--host", "--schema", "--outtype", "--text_only", "--force", "--mmproj"}
-OTHER_OPTIONS |= {"--rows", "--rounds", "--tokens"}  # of minivlm benchmark
+OTHER_OPTIONS |= {"--rows", "--rounds", "--tokens", "--lengths"}  # of minivlm benchmark and tools.branch_speed
 OTHER_OPTIONS |= {"--model_args", "--include_path", "--tasks", "--apply_chat_template", "--device"}  # of lm-eval
 # How the pattern below reads pip's --no-deps and --extra-index-url.
 OTHER_OPTIONS |= {"--from_scratch", "--no", "--extra"}
