@@ -8,8 +8,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 import minivlm.convert.to_gguf
 from helpers.convert import fails
-from helpers.gguf import CASES, MARKER, TEXTS, WIDE, read, write
+from helpers.gguf import CASES, TEXTS, WIDE, read, write
 from helpers.models import ROOT, SIGLIP, make_config, make_processor, save
+from minivlm.benchmark.llama import MARKER
 from minivlm.commands.convert import main
 from minivlm.convert.gguf_text import chat_template, read_tokenizer
 from minivlm.convert.gguf_vision import beyond_preprocessing
