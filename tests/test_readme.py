@@ -39,8 +39,8 @@ BLOCK = re.compile(r"```(\w*)\n(.*?)```\n?", re.S)
 OTHER_OPTIONS = {"--check", "--debug", "--verify", "--out", "--help", "--minutes", "--repo_id", "--config_file"}
 OTHER_OPTIONS |= {"--json", "--format", "--host", "--schema", "--outtype", "--text_only", "--force", "--mmproj"}
 OTHER_OPTIONS |= {"--engine"}  # of minivlm ask
-# Of minivlm benchmark, minivlm publish and tools.branch_speed.
-OTHER_OPTIONS |= {"--rows", "--rounds", "--tokens", "--formats", "--lengths"}
+# Of minivlm benchmark, minivlm publish, tools.branch_speed and tools.start_time.
+OTHER_OPTIONS |= {"--rows", "--rounds", "--tokens", "--formats", "--lengths", "--cold"}
 OTHER_OPTIONS |= {"--model_args", "--include_path", "--tasks", "--apply_chat_template", "--device"}  # of lm-eval
 # How the pattern below reads pip's --no-deps and --extra-index-url.
 OTHER_OPTIONS |= {"--from_scratch", "--no", "--extra"}
