@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minivlm.benchmark import training
+from minivlm.benchmark.answering import answer_sides
 from minivlm.benchmark.floors import products
 from minivlm.benchmark.measure import alternate, machine, summarise
 from minivlm.benchmark.rows import IGNORE, draw_lengths, make_prompt, make_rows
@@ -68,6 +70,15 @@ def test_the_floor_has_the_products_that_the_trainer_counts():
     )
     decoding = products(TINY, pictures=0, tokens=8, answers=8, training=False)
     assert {m for m, _, _ in decoding} == {8} and isinstance(decoding, Counter)
+
+
+def test_a_convolutional_tower_is_measured_without_llava_which_takes_none():
+    vision = {"model_type": "resnet", "image_size": 32, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
+              "layer_type": "basic"}  # fmt: skip
+    shape = replace(TINY, vision=vision)
+    sides = answer_sides(shape, 1, None, {}, ["fp32"])
+    assert list(sides) == ["ours, fp32"] and "LLaVA + Qwen 3, fp32" in answer_sides(TINY, 1, None, {}, ["fp32"])
+    sides["ours, fp32"](2)
 
 
 def test_the_command_prints_tables_and_writes_all_times(tmp_path, capsys, monkeypatch):

@@ -44,7 +44,8 @@ def answer_sides(
         for word, dtype in ((word, DTYPES[word]) for word in words):
             if peer:
                 yield f"MiniMind-V's own loop, {word}", minimind_v_generate(peer, shape, prompt, dtype)
-            yield f"LLaVA + Qwen 3, {word}", generate(make_llava(shape), prompt, dtype)
+            if shape.fits_llava:
+                yield f"LLaVA + Qwen 3, {word}", generate(make_llava(shape), prompt, dtype)
             yield f"ours, {word}", generate(make_ours(shape), prompt, dtype)
         for word, folder in graphs.items():
             yield f"ours by onnxruntime, {word}", graphs_generate(folder, prompt, torch.get_num_threads())

@@ -25,6 +25,11 @@ class Shape:
     prompt: int = 30  # tokens of a question beside the picture
     answer: int = 64
 
+    @property
+    def fits_llava(self) -> bool:
+        """Return whether transformers' LLaVA takes the tower; it takes no convolutional one."""
+        return "hidden_size" in self.vision
+
     def config(self) -> MiniVLMConfig:
         """Return the configuration of our model."""
         return MiniVLMConfig(vision_config=self.vision, text_config=self.text, image_token_id=IMAGE, **self.options)

@@ -71,7 +71,8 @@ def training_sides(shape: Shape, rows: Rows, dtype: torch.dtype, peer: str | Non
     def found() -> Iterator[tuple[str, Callable]]:
         if peer:
             yield "MiniMind-V, fp32, padded to its length", minimind_v_step(peer, shape, rows)
-        yield "LLaVA + Qwen 3, padded to the longest", llava_step(shape, rows, dtype)
+        if shape.fits_llava:
+            yield "LLaVA + Qwen 3, padded to the longest", llava_step(shape, rows, dtype)
         yield "ours, padded to the longest", our_step(shape, rows, dtype, "padded", False)
         yield "ours, padded to the longest, compiled", our_step(shape, rows, dtype, "padded", True)
         yield "ours, packed under a dense mask, compiled", our_step(shape, rows, dtype, "sdpa", True)

@@ -107,6 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     shape = read_shape(args.shape)
     about = machine() | {"shape": args.shape, "rounds": args.rounds}
     say("\n".join(f"{key}: {value}" for key, value in about.items()))
+    if not shape.fits_llava:
+        say("no LLaVA + Qwen 3: LLaVA takes no tower of this type")
     works = {"training": benchmark_training, "answers": benchmark_answers}
     tables = [table for topic in args.topics or TOPICS for table in works[topic](shape, args)]
     if args.json:
