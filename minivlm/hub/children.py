@@ -16,6 +16,7 @@ from minivlm.hub.check import files_of, is_pickle
 from minivlm.hub.findings import read_card_header
 from minivlm.hub.publish import EXPORTED, Release, upload
 from minivlm.hub.secrets import leaks
+from minivlm.resources import HUB_MODEL
 
 LIBRARIES = {"ONNX": "transformers.js", "ONNX-int8": "onnx", "GGUF": "gguf"}
 # Files without which the engines do not load a format.
@@ -48,9 +49,10 @@ console.log(processor.batch_decode(answer, {{ skip_special_tokens: true }})[0]);
 The graphs of [{parent}](https://huggingface.co/{parent}) for ONNX Runtime on a CPU. The decoder multiplies in 8 bits.
 
 ```bash
-pip install "minivlm[onnx]"
-hf download {repo_id} --local-dir minivlm-int8
-minivlm ask picture.png "What is this?" --engine onnx --model minivlm-int8
+git clone https://huggingface.co/{code}
+pip install "./{package}[onnx]"
+hf download {repo_id} --local-dir graphs
+minivlm ask picture.png "What is this?" --engine onnx --model graphs
 ```""",
     "GGUF": """\
 The files of [{parent}](https://huggingface.co/{parent}) for llama.cpp, Ollama and LM Studio, with weights of 16 and of
@@ -111,7 +113,9 @@ def write_child_card(child: Child, parent: str, header: dict) -> None:
         "tags": ["vision-language", "minivlm", child.name.lower()],
     }
     known = yaml.safe_dump({k: v for k, v in fields.items() if v}, sort_keys=False, allow_unicode=True)
-    text = TEXTS[child.name].format(parent=parent, repo_id=child.repo_id)
+    text = TEXTS[child.name].format(
+        parent=parent, repo_id=child.repo_id, code=HUB_MODEL, package=HUB_MODEL.split("/")[1]
+    )
     card = f"---\n{known}---\n\n# {child.repo_id.split('/')[-1]}\n\n{text}\n\nMade by MiniVLM.\n"
     (child.folder / "README.md").write_text(card, encoding="utf-8")
 
