@@ -4,10 +4,14 @@ The mask comes from llguidance (MIT), which follows the grammar in microseconds 
 its own place in the grammar, so a batch gives the answers of each alone.
 """
 
+from functools import lru_cache
+
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from minivlm.json_schema import first_line
+
+MOST_DIGITS = 24  # in a row; a model that was not trained on JSON can go on with a number for ever
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]):
@@ -29,11 +33,19 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]):
     return from_tokenizer(tokenizer, n_vocab=size, eos_token=ends)
 
 
+@lru_cache(maxsize=8)
+def digits_of(words) -> list[int]:
+    """Return for each token of `vocabulary` how many digits it is; 0 if it is something else, too."""
+    texts = [words.decode_bytes([token]) for token in range(words.vocab_size)]
+    return [len(text) if text.isdigit() else 0 for text in texts]
+
+
 class FollowGrammar(LogitsProcessor):
     """Give the value -inf to every token that a grammar does not allow; for one call of `generate`.
 
     Inside of a string the end token is not allowed. A model that was not trained on JSON wants to end its answer there
-    and goes on without sense, so a quotation mark gets the value of the end token if that is higher.
+    and goes on without sense, so a quotation mark gets the value of the end token if that is higher. After
+    `MOST_DIGITS` digits in a row no further one is allowed where the grammar lets something else follow.
 
     Args:
         grammar: of `compile_schema` or `compile_tools`.
@@ -42,6 +54,7 @@ class FollowGrammar(LogitsProcessor):
 
     def __init__(self, grammar: str, words):
         self.grammar, self.words, self.matchers = grammar, words, None
+        self.digits, self.in_a_row = digits_of(words), []
         [self.quote] = words.tokenize_str('"')
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -49,10 +62,12 @@ class FollowGrammar(LogitsProcessor):
             from llguidance import LLMatcher
 
             self.matchers = [LLMatcher(self.words, self.grammar, log_level=0) for _ in input_ids]
+            self.in_a_row = [0] * len(input_ids)
         else:
             for row, token in enumerate(input_ids[:, -1].tolist()):
                 self.advance(row, token)
-        refused = torch.stack([self.refused(matcher) for matcher in self.matchers]).to(scores.device)  # (B, V)
+        rows = [self.refused(matcher, count) for matcher, count in zip(self.matchers, self.in_a_row, strict=True)]
+        refused = torch.stack(rows).to(scores.device)  # (B, V)
         ends = self.words.eos_tokens
         wish = scores[:, ends].amax(1).where(refused[:, ends].all(1), -torch.inf)  # (B,): to end where it must not
         scores = scores.clone()
@@ -67,14 +82,18 @@ class FollowGrammar(LogitsProcessor):
             self.matchers[row] = None
         elif not self.matchers[row].consume_token(token):
             raise_too_costly(self.matchers[row])
+        self.in_a_row[row] = self.in_a_row[row] + self.digits[token] if self.digits[token] else 0
 
-    def refused(self, matcher) -> torch.Tensor:
-        """Return (V,): which tokens would break the grammar."""
+    def refused(self, matcher, digits: int) -> torch.Tensor:
+        """Return (V,): which tokens would break the grammar, or go on with a number after `digits` digits."""
         if matcher is None:
             return torch.zeros(self.words.vocab_size, dtype=torch.bool)
         allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)
         if matcher.is_error():
             raise_too_costly(matcher)
+        if digits >= MOST_DIGITS:
+            others = allowed.bool() & (torch.tensor(self.digits) == 0)
+            allowed = others if others.any() else allowed
         return allowed == 0
 
 
