@@ -15,7 +15,7 @@ from helpers.models import ROOT, make_model, make_processor
 from helpers.schemas import make_schema
 from minivlm.__main__ import main
 from minivlm.asking import question_about
-from minivlm.constrained import FollowGrammar
+from minivlm.constrained import FollowGrammar, digits_of
 from minivlm.inference import Assistant, Decoding
 from minivlm.json_schema import MAX_BYTES, check_parts, closed, compile_schema, parse_schema, shortest_answer
 from minivlm.model.loading import load_trained
@@ -160,15 +160,24 @@ def test_each_mask_counts(talker, monkeypatch):
     torch.manual_seed(0)
     real, calls = FollowGrammar.refused, []
 
-    def leave_out(self, matcher):
+    def leave_out(self, matcher, digits):
         calls.append(matcher)
-        return real(self, matcher) & (len(calls) != left_out)
+        return real(self, matcher, digits) & (len(calls) != left_out)
 
     monkeypatch.setattr(FollowGrammar, "refused", leave_out)
     for left_out in (1, 3, 5):
         calls.clear()
         with pytest.raises(ValueError, match="too costly|Expecting value"):
             check(NAMED, ask(talker, NAMED)[0])
+
+
+def test_a_number_ends_even_if_the_model_wants_nothing_but_digits(talker, monkeypatch):
+    digits = torch.tensor([bool(count) for count in digits_of(talker.vocabulary)])
+    real = FollowGrammar.__call__
+    monkeypatch.setattr(FollowGrammar, "__call__", lambda self, ids, scores: real(self, ids, scores + 1e4 * digits))
+    for schema in ({"type": "number"}, {"type": "integer", "minimum": 5}):
+        [answer] = ask(talker, schema)
+        assert answer.ended and json.loads(answer.text) >= 0 and answer.tokens < 100
 
 
 def test_a_batch_gives_the_answers_of_each_alone(talker):
