@@ -55,10 +55,11 @@ release-weights:
 	$(ENVIRONMENT)
 	@$(RUN) -m tools.release_weights $(ARGS)
 
-# One test file per core at a time, four at most: most tests use one thread.
+# One test file per core at a time, four at most: most tests use one thread. The order is that of tests/conftest.py: by itself
+# xdist begins with the files of most tests, and one worker would be left with the README, which is few and long ones.
 test:
 	$(ENVIRONMENT) --extras test,data
-	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow:
 	$(ENVIRONMENT) --extras test,data,app,libraries,serve
