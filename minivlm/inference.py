@@ -5,18 +5,16 @@ evaluation are answered and scored by `minivlm/reading.py`.
 """
 
 from functools import cached_property
-from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
 
 import torch
 from jinja2 import TemplateError
-from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
 from minivlm.constrained import FollowGrammar, vocabulary
 from minivlm.data.encoder import Encoder
-from minivlm.data.pictures import decode_image
+from minivlm.data.pictures import decode_image, pictures_in
 from minivlm.decoding import Answer, Decoding, check_room
 
 
@@ -42,11 +40,7 @@ class Assistant:
         Raises:
             ValueError: a picture cannot be read, or the chat template refuses the conversation.
         """
-        content = [message["content"] for message in messages if not isinstance(message["content"], str)]
-        images = [part.get("image") for parts in content for part in parts if part["type"] != "text"]
-        # A name would let who writes the messages read files; a URL would be fetched.
-        if strange := [image for image in images if not isinstance(image, bytes | Path | Image.Image)]:
-            raise ValueError(f"not a picture: {type(strange[0]).__name__}. Give bytes, a Path or a Pillow picture.")
+        images = pictures_in(messages)
         ids = self.tokens(messages, **options)
         decoded = [decode_image(image) for image in images]
         pixels = self.encoder.pixels(decoded) if decoded else torch.empty(0)

@@ -191,7 +191,7 @@ def test_pictures_of_several_sizes_and_unknown_decoders_are_obstacles():
 
 
 def test_a_model_that_cannot_run_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(web, "export", lambda *_: pytest.fail("it was traced"))
+    monkeypatch.setattr(web, "write_graphs", lambda *_: pytest.fail("it was traced"))
     save(tmp_path / "ours")
     settings = read(tmp_path / "ours" / "processor_config.json")
     settings["image_processor"]["size"] = {"height": 48, "width": 48}

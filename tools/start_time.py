@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from time import perf_counter
 
-from minivlm.cli import Parser, positive
+from minivlm.cli import Parser, positive, run_command
 from minivlm.onnx_engine.files import has_graphs
 
 CACHES = Path("/proc/sys/vm/drop_caches")
@@ -70,4 +70,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -41,7 +41,8 @@ def answer_sides(
     prompt = make_prompt(shape, batch)
 
     def found() -> Iterator[tuple[str, Callable]]:
-        for word, dtype in ((word, DTYPES[word]) for word in words):
+        for word in words:
+            dtype = DTYPES[word]
             if peer:
                 yield f"MiniMind-V's own loop, {word}", minimind_v_generate(peer, shape, prompt, dtype)
             if shape.fits_llava:

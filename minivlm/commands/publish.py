@@ -9,7 +9,7 @@ anything is sent. README.md, the model card, is written from run.json, recipe.ya
 your own is kept. After a failure repeat the command: what is already up is not sent again.
 
 --formats also makes the model's ONNX graphs and GGUF files, and puts them into repositories of their own, as
-jinv2/minivlm-ONNX and jinv2/minivlm-GGUF. The Hub lists them on the model's page as quantizations. All of them are
+jinv2/minivlm-ONNX, -ONNX-int8 and -GGUF. The Hub lists them on the model's page as quantizations. All of them are
 made and checked before anything is sent. A format that cannot hold the model is named with the reason, and left out.
 
 --check sends nothing and changes nothing. It prints a line for each check, right or wrong, and ends with exit code 1

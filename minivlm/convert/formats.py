@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minivlm.convert.errors import Inexpressible
-from minivlm.convert.onnx_graphs import export
 from minivlm.convert.quantize import shrink
 from minivlm.convert.to_gguf import check_package, to_gguf
-from minivlm.convert.to_onnx import check_packages, compare, to_onnx
+from minivlm.convert.to_onnx import check_packages, to_onnx, write_graphs
 from minivlm.convert.to_web import check_model
-from minivlm.convert.transformers_js import save_settings
 from minivlm.model.loading import load_trained
 
 GRAPHS = ("fp16", "q8")  # keys of quantize.DTYPES; transformers.js loads the last unless it is told otherwise
@@ -28,11 +26,8 @@ def write_onnx(source: str | Path, out: Path) -> None:
     check_packages()
     model, processor = load_trained(source)
     check_model(model, processor, source)
-    model.float().eval()
     out.mkdir(parents=True)
-    export(model, out)
-    save_settings(model, processor, out)
-    compare(model, out)
+    write_graphs(model, processor, out, verify=True)
     shrink(out, *GRAPHS)
 
 

@@ -55,7 +55,7 @@ def shrink(folder: Path, *choices: str) -> None:
             else:
                 store_weights(model, dtype)
             small, is_large = folder / "onnx" / f"{name}{SUFFIXES[dtype]}.onnx", model.ByteSize() > LARGEST_FILE
-            onnx.save(model, small, save_as_external_data=is_large, location=f"{small.name}_data")
+            onnx.save(model, small, save_as_external_data=is_large, location=f"{small.name}.data")
         if "fp32" not in wanted:
             for old in path.parent.glob(f"{path.name}*"):  # and its weights, if they are in a file beside it
                 old.unlink()

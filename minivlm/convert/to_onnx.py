@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from transformers import ProcessorMixin
 
 from minivlm.convert.files import new_folder
 from minivlm.convert.onnx_graphs import export
@@ -34,11 +35,8 @@ def to_onnx(source: str | Path, out: str | Path, verify: bool = False, dtype: st
     """
     check_packages()
     model, processor = load_trained(source)
-    model.float().eval()
     with new_folder(out) as folder:
-        export(model, folder)
-        settings = save_settings(model, processor, folder)
-        compared = compare(model, folder) if verify else []
+        settings, compared = write_graphs(model, processor, folder, verify)
         if dtype != "fp32":
             shrink(folder, dtype)
         lines = [f"{path.name}: {path.stat().st_size:,} bytes" for path in sorted((folder / "onnx").iterdir())]
@@ -51,6 +49,20 @@ def check_packages() -> None:
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"The package {package} is not installed. Install all: pip install {' '.join(PACKAGES)}")
+
+
+def write_graphs(
+    model: MiniVLMForConditionalGeneration, processor: ProcessorMixin, folder: Path, verify: bool
+) -> tuple[list[str], list[str]]:
+    """Write the graphs of a model in fp32 and the settings beside them; return what was set, and what was compared.
+
+    Raises:
+        ValueError: torch's exporter cannot trace the model, or with `verify` the graphs differ from it.
+    """
+    model.float().eval()
+    export(model, folder)
+    settings = save_settings(model, processor, folder)
+    return settings, compare(model, folder) if verify else []
 
 
 @torch.no_grad()

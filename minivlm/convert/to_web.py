@@ -16,10 +16,9 @@ from transformers import ProcessorMixin
 
 from minivlm.convert.errors import Inexpressible
 from minivlm.convert.files import new_folder
-from minivlm.convert.onnx_graphs import export
 from minivlm.convert.quantize import shrink
-from minivlm.convert.to_onnx import check_packages, compare
-from minivlm.convert.transformers_js import obstacles, save_settings, too_large, write_json
+from minivlm.convert.to_onnx import check_packages, write_graphs
+from minivlm.convert.transformers_js import obstacles, too_large, write_json
 from minivlm.model.loading import load_trained
 from minivlm.resources import FONT, PACKAGE, WEB
 from modeling_minivlm import MiniVLMForConditionalGeneration
@@ -76,13 +75,10 @@ def to_web(
     scripts = {} if library is None else read_library(library)
     model, processor = load_trained(source)
     check_model(model, processor, source)
-    model.float().eval()
     with new_folder(out) as folder:
         graphs = folder / "model"
         graphs.mkdir()
-        export(model, graphs)
-        save_settings(model, processor, graphs)
-        lines = compare(model, graphs) if verify else []
+        _, lines = write_graphs(model, processor, graphs, verify)
         shrink(graphs, dtype)
         write_page(folder, scripts)
         sizes = [path.stat().st_size for path in (graphs / "onnx").iterdir()]

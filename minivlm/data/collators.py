@@ -76,11 +76,9 @@ class PaddingCollator:
         if branch.max() <= 1:  # positions that go on into the padding: a restart would look like a packed row
             batch["position_ids"] = torch.arange(branch.shape[1]).repeat(len(samples), 1)
         else:
-            T = branch.shape[1]
-            positions = [(s["position_ids"], s["position_ids"][-1] + 1 + torch.arange(T)) for s in samples]
-            batch["position_ids"] = torch.stack(
-                [torch.cat(both)[:T] for both in positions]
-            )  # on into the padding, too
+            rows = [s["position_ids"] for s in samples]  # these go on into the padding, too
+            rows = [torch.cat((row, row[-1] + 1 + torch.arange(branch.shape[1] - len(row)))) for row in rows]
+            batch["position_ids"] = torch.stack(rows)
             query, key = branch[:, :, None], branch[:, None, :]
             seen = ((query == key) | (key == 0)).tril()  # (B, T, T)
             batch["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]

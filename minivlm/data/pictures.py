@@ -58,6 +58,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def pictures_in(messages: list[dict]) -> list[bytes | Path | Image.Image]:
+    """Return the pictures in messages of the chat format of transformers, in reading order, not decoded.
+
+    Raises:
+        ValueError: one is neither encoded bytes, a `Path`, nor a Pillow picture. A name would let who writes the
+            messages read files; a URL would be fetched.
+    """
+    content = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    images = [part.get("image") for parts in content for part in parts if part["type"] != "text"]
+    if strange := [image for image in images if not isinstance(image, bytes | Path | Image.Image)]:
+        raise ValueError(f"not a picture: {type(strange[0]).__name__}. Give bytes, a Path or a Pillow picture.")
+    return images
+
+
 def decode_image(data: bytes | Path | Image.Image) -> Image.Image:
     """Decode one picture, or the file that a path names, to RGB, as a person would see it.
 

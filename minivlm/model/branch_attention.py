@@ -13,18 +13,22 @@ Letters in shapes: B rows of a batch, T tokens, H query heads, h width of a head
 """
 
 import torch
-from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minivlm.model.packed_attention import (
     BACKWARD,
     FORWARD,
+    attend,
+    attend_backward,
     cut,
+    fake_attention,
+    fake_gradients,
     find_rows,
-    like_tokens,
+    keep,
     packed_attention_forward,
     packed_mask,
+    prepare,
 )
 
 NAME = "sdpa_branches"
@@ -60,14 +64,8 @@ def branch_attention(
         query, key, value: (B, H, T, h) in one floating-point type. Scores are divided by the square root of h.
         position_ids: (B, T), see above.
     """
-    output = like_tokens(query)
-    B, H, T, _ = query.shape
-    sums = query.new_empty(B, T, H, dtype=torch.promote_types(query.dtype, torch.float32))
     blocks, shared = find_blocks(position_ids)
-    for block in blocks:
-        part, total = FORWARD(*(cut(x, block) for x in (query, key, value)), 0.0, True)
-        cut(output, block).copy_(part)
-        cut(sums.transpose(1, 2), block).copy_(total)
+    output, sums = attend(query, key, value, blocks)
     for branches, beginning in shared:
         part, total = FORWARD(cut(query, branches), cut(key, beginning), cut(value, beginning), 0.0, False)
         own, own_total = cut(output, branches), cut(sums.transpose(1, 2), branches)
@@ -75,12 +73,6 @@ def branch_attention(
         own.copy_(torch.lerp(own.to(share.dtype), part.to(share.dtype), share))
         own_total.copy_(torch.logaddexp(own_total, total))
     return output, sums
-
-
-@branch_attention.register_fake
-def _(query, key, value, position_ids):
-    B, H, T, _ = query.shape
-    return like_tokens(query), query.new_empty(B, T, H, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 @torch.library.custom_op("minivlm::branch_attention_backward", mutates_args=())
@@ -97,32 +89,23 @@ def branch_attention_backward(
 
     The kernel takes output and log-sum-exp of all that a token attends to, and gives the gradient by some of the keys.
     """
-    grads = like_tokens(query), like_tokens(key), like_tokens(value)
     blocks, shared = find_blocks(position_ids)
-    for queries, keys, causal in [(b, b, True) for b in blocks] + [(*pair, False) for pair in shared]:
-        of_queries, of_keys = (grad, query, output, sums.transpose(1, 2)), (key, value)
-        d, q, out, total = (cut(x, queries) for x in of_queries)
-        parts = BACKWARD(d, q, *(cut(x, keys) for x in of_keys), out, total, 0.0, causal)
-        for whole, part, place in zip(grads, parts, (queries, keys, keys)):
-            cut(whole, place).copy_(part) if causal else cut(whole, place).add_(part)
+    grads = attend_backward(blocks, grad, query, key, value, output, sums)
+    for branches, beginning in shared:
+        d, q, out, total = (cut(x, branches) for x in (grad, query, output, sums.transpose(1, 2)))
+        parts = BACKWARD(d, q, cut(key, beginning), cut(value, beginning), out, total, 0.0, False)
+        for whole, part, place in zip(grads, parts, (branches, beginning, beginning)):
+            cut(whole, place).add_(part)
     return grads
-
-
-@branch_attention_backward.register_fake
-def _(grad, query, key, value, output, sums, position_ids):
-    return like_tokens(query), like_tokens(key), like_tokens(value)
-
-
-def _keep(ctx, inputs, output) -> None:
-    *inputs, position_ids = inputs
-    ctx.save_for_backward(*inputs, *output, position_ids)
 
 
 def _backward(ctx, grad, _):
     return *branch_attention_backward(grad, *ctx.saved_tensors), None
 
 
-branch_attention.register_autograd(_backward, setup_context=_keep)
+branch_attention.register_fake(fake_attention)
+branch_attention_backward.register_fake(fake_gradients)
+branch_attention.register_autograd(_backward, setup_context=keep)
 
 
 def branch_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -132,19 +115,13 @@ def branch_attention_forward(module, query, key, value, attention_mask, dropout=
         ValueError: rows that share a picture with dropout, which the kernel does not have.
     """
     positions = kwargs.get("position_ids")
-    T, h = query.shape[2:]
+    T = query.shape[2]
     whole = attention_mask is not None and attention_mask.dtype.is_floating_point and positions is not None
     if not whole or T == 1 or key.shape[2] != T or query.device.type != "cpu":
         return packed_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:
         raise ValueError(f"attn_implementation={NAME!r} has no dropout. Set attention_dropout to 0, or use 'sdpa'.")
-    groups = getattr(module, "num_key_value_groups", 1)
-    if scaling is not None and scaling != h**-0.5:
-        query = query * (scaling * h**0.5)
-    inputs = [query, repeat_kv(key, groups), repeat_kv(value, groups)]
-    if torch.is_autocast_enabled("cpu"):  # SDPA is on autocast's list; an operator of our own is not
-        inputs = [x.to(torch.get_autocast_dtype("cpu")) for x in inputs]
-    output, _ = branch_attention(*inputs, positions.expand(query.shape[0], T))
+    output, _ = branch_attention(*prepare(module, query, key, value, scaling), positions.expand(query.shape[0], T))
     return output.transpose(1, 2), None
 
 

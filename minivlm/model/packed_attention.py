@@ -50,6 +50,43 @@ def like_tokens(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(B, T, H, h).transpose(1, 2)
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: list[tuple]) -> tuple:
+    """Return causal attention within each entry of `find_rows`, (B, H, T, h), and the log-sum-exps, (B, T, H)."""
+    output, sums = fake_attention(query)
+    for row in rows:
+        part, total = FORWARD(*(cut(x, row) for x in (query, key, value)), 0.0, True)
+        cut(output, row).copy_(part)
+        cut(sums.transpose(1, 2), row).copy_(total)
+    return output, sums
+
+
+def attend_backward(rows: list[tuple], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of query, key and value by `attend`; `tensors` are those of `packed_attention_backward`."""
+    grads, (*tokens, sums) = fake_gradients(*tensors), tensors
+    for row in rows:
+        inputs = [cut(x, row) for x in (*tokens, sums.transpose(1, 2))]
+        for whole, part in zip(grads, BACKWARD(*inputs, 0.0, True)):
+            cut(whole, row).copy_(part)
+    return grads
+
+
+def fake_attention(query: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return empty tensors of the shapes and types of an attention's output and log-sum-exps."""
+    B, H, T, _ = query.shape
+    return like_tokens(query), query.new_empty(B, T, H, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def fake_gradients(grad, query, key, value, *_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return empty tensors of the shapes and types of the gradients of query, key and value."""
+    return like_tokens(query), like_tokens(key), like_tokens(value)
+
+
+def keep(ctx, inputs, output) -> None:
+    """Save for the backward pass what an operator took and returned, the position ids last."""
+    *inputs, position_ids = inputs
+    ctx.save_for_backward(*inputs, *output, position_ids)
+
+
 @torch.library.custom_op("minivlm::packed_attention", mutates_args=())
 def packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position_ids: torch.Tensor
@@ -62,20 +99,7 @@ def packed_attention(
         query, key, value: (B, H, T, h) in one floating-point type.
         position_ids: (B, T), which restart where a row begins.
     """
-    output = like_tokens(query)
-    B, H, T, _ = query.shape
-    sums = query.new_empty(B, T, H, dtype=torch.promote_types(query.dtype, torch.float32))
-    for row in find_rows(position_ids):
-        part, total = FORWARD(*(cut(x, row) for x in (query, key, value)), 0.0, True)
-        cut(output, row).copy_(part)
-        cut(sums.transpose(1, 2), row).copy_(total)
-    return output, sums
-
-
-@packed_attention.register_fake
-def _(query, key, value, position_ids):
-    B, H, T, _ = query.shape
-    return like_tokens(query), query.new_empty(B, T, H, dtype=torch.promote_types(query.dtype, torch.float32))
+    return attend(query, key, value, find_rows(position_ids))
 
 
 @torch.library.custom_op("minivlm::packed_attention_backward", mutates_args=())
@@ -89,29 +113,27 @@ def packed_attention_backward(
     position_ids: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value, each (B, H, T, h)."""
-    grads = like_tokens(query), like_tokens(key), like_tokens(value)
-    for row in find_rows(position_ids):
-        inputs = [cut(x, row) for x in (grad, query, key, value, output, sums.transpose(1, 2))]
-        for whole, part in zip(grads, BACKWARD(*inputs, 0.0, True)):
-            cut(whole, row).copy_(part)
-    return grads
-
-
-@packed_attention_backward.register_fake
-def _(grad, query, key, value, output, sums, position_ids):
-    return like_tokens(query), like_tokens(key), like_tokens(value)
-
-
-def _keep(ctx, inputs, output) -> None:
-    *inputs, position_ids = inputs
-    ctx.save_for_backward(*inputs, *output, position_ids)
+    return attend_backward(find_rows(position_ids), grad, query, key, value, output, sums)
 
 
 def _backward(ctx, grad, _):
     return *packed_attention_backward(grad, *ctx.saved_tensors), None
 
 
-packed_attention.register_autograd(_backward, setup_context=_keep)
+packed_attention.register_fake(fake_attention)
+packed_attention_backward.register_fake(fake_gradients)
+packed_attention.register_autograd(_backward, setup_context=keep)
+
+
+def prepare(module, query, key, value, scaling) -> list[torch.Tensor]:
+    """Return query, key and value as the operators take them: a head of keys for each of the queries', scaled."""
+    groups, h = getattr(module, "num_key_value_groups", 1), query.shape[-1]
+    if scaling is not None and scaling != h**-0.5:
+        query = query * (scaling * h**0.5)
+    inputs = [query, repeat_kv(key, groups), repeat_kv(value, groups)]
+    if torch.is_autocast_enabled("cpu"):  # SDPA is on autocast's list; an operator of our own is not
+        inputs = [x.to(torch.get_autocast_dtype("cpu")) for x in inputs]
+    return inputs
 
 
 def packed_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -121,7 +143,7 @@ def packed_attention_forward(module, query, key, value, attention_mask, dropout=
         ValueError: packed rows with dropout, which the kernel does not have.
     """
     positions = kwargs.get("position_ids")
-    B, _, T, h = query.shape
+    B, _, T, _ = query.shape
     own = (
         attention_mask is None and positions is not None and T > 1 and key.shape[2] == T and query.device.type == "cpu"
     )
@@ -131,13 +153,7 @@ def packed_attention_forward(module, query, key, value, attention_mask, dropout=
         )
     if dropout:
         raise ValueError(f"attn_implementation={NAME!r} has no dropout. Set attention_dropout to 0, or use 'sdpa'.")
-    groups = getattr(module, "num_key_value_groups", 1)
-    if scaling is not None and scaling != h**-0.5:
-        query = query * (scaling * h**0.5)
-    inputs = [query, repeat_kv(key, groups), repeat_kv(value, groups)]
-    if torch.is_autocast_enabled("cpu"):  # SDPA is on autocast's list; an operator of our own is not
-        inputs = [x.to(torch.get_autocast_dtype("cpu")) for x in inputs]
-    output, _ = packed_attention(*inputs, positions.expand(B, T))
+    output, _ = packed_attention(*prepare(module, query, key, value, scaling), positions.expand(B, T))
     return output.transpose(1, 2), None
 
 

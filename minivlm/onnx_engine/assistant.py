@@ -4,9 +4,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from minivlm.data.pictures import decode_image
+from minivlm.data.pictures import decode_image, pictures_in
 from minivlm.decoding import Answer, Decoding, check_room
 from minivlm.onnx_engine.files import read_json
 from minivlm.onnx_engine.graphs import Graphs, likeliest
@@ -44,10 +43,7 @@ class OnnxAssistant:
         Raises:
             ValueError: a picture cannot be read, or the chat template refuses the conversation.
         """
-        content = [message["content"] for message in messages if not isinstance(message["content"], str)]
-        images = [part.get("image") for parts in content for part in parts if part["type"] != "text"]
-        if strange := [image for image in images if not isinstance(image, bytes | Path | Image.Image)]:
-            raise ValueError(f"not a picture: {type(strange[0]).__name__}. Give bytes, a Path or a Pillow picture.")
+        images = pictures_in(messages)
         ids = np.array([self.prompt.tokens(messages)], dtype=np.int64)
         encoded = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         return encoded | ({"pixel_values": self.pixels([decode_image(image) for image in images])} if images else {})
