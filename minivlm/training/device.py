@@ -55,6 +55,12 @@ def supports_bf16(device: torch.device) -> bool:
     )
 
 
+def autocast(device: torch.device | str) -> torch.autocast:
+    """Return the context that computes in bf16 if the device has instructions for it; else bf16 is slower than fp32."""
+    device = torch.device(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=supports_bf16(device))
+
+
 def compile_blocks(model: torch.nn.Module, device: torch.device) -> None:
     """Compile each block by itself: equal blocks share the compiled code, so start-up stays short.
 

@@ -14,7 +14,7 @@ from minivlm.data.bad_rows import BadRow
 from minivlm.data.pictures import augment, decode_image
 from minivlm.data.rows import Rows
 from minivlm.model.backbones import build_processor, model_from_scratch
-from minivlm.training.device import compile_blocks, supports_bf16
+from minivlm.training.device import autocast, compile_blocks
 from minivlm.training.optimizers import build_optimizers, schedule, step_all
 from minivlm.training.options import TrainArgs
 from modeling_minivlm import build_vision_tower
@@ -109,7 +109,7 @@ def train_tower(args: TrainArgs, rows: Rows, folder: Path) -> None:
 def step(model: Classifier, optimizers: list, batch: tuple, args: TrainArgs, progress: float) -> tuple[float, float]:
     """Take one optimizer step; return the loss and the share of right answers."""
     pixels, labels = batch
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=supports_bf16(pixels.device)):
+    with autocast(pixels.device):
         logits = model(pixels)
         loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=0.1)
     loss.backward()

@@ -26,6 +26,7 @@ from tqdm import tqdm, trange
 from minivlm.cli import Parser, run_command
 from minivlm.model.backbones import build
 from minivlm.model.loading import save_model
+from minivlm.training.device import autocast
 from minivlm.training.optimizers import build_optimizers, schedule, step_all
 from minivlm.training.options import parse_args as parse_train_args
 from tools.emoji.concepts import DEMO
@@ -120,14 +121,14 @@ class Aligner:
         """Compose batch `number` of the pictures and let the tower look at it."""
         batch = self.source.batch(number, 1.0, generator(self.args.seed, number, 3))
         model = self.model.model
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             features = model.select_features(model.vision_tower(normalised(batch.pixels)).last_hidden_state)
             taught = self.classifier and self.classifier.name(features, batch.weights).float().softmax(-1).bfloat16()
         return Seen(features.bfloat16(), batch.weights, batch.labels, taught)
 
     def logits(self, seen: Seen) -> torch.Tensor:
         """Return the logits of the vocabulary for each thing of the pictures, (B, n, vocabulary)."""
-        projected = self.model.model.multi_modal_projector(seen.features)  # (B, I, D)
+        projected = self.model.model.multi_modal_projector(seen.features.float())  # (B, I, D)
         side = round(projected.shape[1] ** 0.5)
         weights = F.adaptive_avg_pool2d(seen.weights.unflatten(-1, (8, 8)), side).flatten(-2)  # (B, n, I)
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
@@ -136,7 +137,7 @@ class Aligner:
 
     def step(self, seen: Seen, progress: float) -> tuple[float, float]:
         """Train on one batch; return the loss and the share of things whose likeliest token is one of their names'."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             logits = self.logits(seen).float()
         shown = seen.labels >= 0
         target = named = self.targets[seen.labels[shown]]  # (things, vocabulary)

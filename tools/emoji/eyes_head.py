@@ -19,6 +19,7 @@ from tqdm import trange
 
 from minivlm.cli import Parser, run_command
 from minivlm.model.loading import load_trained
+from minivlm.training.device import autocast
 from minivlm.training.optimizers import schedule
 from tools.emoji.drawings import Drawings
 from tools.emoji.eyes import Eyes, save, threads
@@ -53,8 +54,8 @@ def see(eyes: Eyes, source: PictureSource, args) -> tuple[torch.Tensor, torch.Te
     features, labels = [], []
     for number in trange(math.ceil(args.pictures / BATCH), desc="pictures", unit="batch"):
         batch = source.batch(number, 1.0, generator(args.seed, number, 5))
-        with torch.autocast("cpu", torch.bfloat16):
-            pooled = batch.weights.bfloat16() @ eyes.look(batch.pixels)
+        with autocast("cpu"):
+            pooled = batch.weights @ eyes.look(batch.pixels)
         shown = batch.labels >= 0
         features.append(pooled[shown].float())
         labels.append(batch.labels[shown])
@@ -90,7 +91,7 @@ def main(argv=None) -> None:
         eyes = Eyes(load_trained(args.model)[0].model.vision_tower.float(), len(source.concepts)).eval()
         eyes.tower.requires_grad_(False)
         fit(eyes, *see(eyes, source, args), args)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             dev = read_pictures(args.dev)
             found, small = measure(eyes, source.concepts, *dev), measure_small(eyes, source.concepts, *dev)
     save(eyes, source.concepts, args.output)

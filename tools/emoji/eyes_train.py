@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from minivlm.cli import Parser, run_command
+from minivlm.training.device import autocast
 from minivlm.training.optimizers import schedule, step_all
 from tools.emoji.augment import compose, on_white
 from tools.emoji.drawings import Drawings
@@ -178,7 +179,7 @@ class Run:
         if args.tower == "clip" and args.patches < 64 and self.done < args.whole_from:
             places = torch.randperm(64, generator=rng)[: args.patches].sort().values
             batch = batch.only(places)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             features = self.eyes.look(batch.pixels, places)
             logits = self.eyes.name(features, batch.weights).float()
             loss = batch.mean(F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), label_smoothing=0.1,
@@ -212,7 +213,7 @@ class Run:
 
     def measure(self) -> dict[str, float]:
         """Return the share of the pictures of the dev style that are named right, whole and four in a picture."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             found = measure(self.eyes, self.concepts, *self.dev)["right"]
             small = measure_small(self.eyes, self.concepts, *self.dev)
         self.model.train()
