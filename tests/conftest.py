@@ -110,7 +110,7 @@ not_run = []  # slow tests; with pytest-xdist each worker counts those that it l
 
 
 # These take longest. They begin first, or one worker would be left with them at the end.
-LONG = "test_readme test_streaming test_to_web test_to_onnx test_publish_check test_uploads test_project".split()
+LONG = "test_readme test_training test_streaming test_to_web test_to_onnx test_publish_check test_uploads test_project".split()
 
 
 @pytest.hookimpl(trylast=True)

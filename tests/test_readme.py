@@ -36,14 +36,12 @@ SHORTER = {
 SHOWN = ("python -m minivlm ask ", "python -m minivlm\n")  # beginnings of commands whose output stands below them
 BLOCK = re.compile(r"```(\w*)\n(.*?)```\n?", re.S)
 # Options in the documents that are not options of training: of pip, pytest, and of other commands.
-OTHER_OPTIONS = {"--check", "--debug", "--verify", "--out", "--help", "--minutes", "--repo_id", "--config_file"}
-OTHER_OPTIONS |= {"--json", "--format", "--host", "--schema", "--outtype", "--text_only", "--force", "--mmproj"}
-OTHER_OPTIONS |= {"--engine"}  # of minivlm ask
-# Of minivlm benchmark, minivlm publish, tools.branch_speed and tools.start_time.
-OTHER_OPTIONS |= {"--rows", "--rounds", "--tokens", "--formats", "--lengths", "--cold"}
-OTHER_OPTIONS |= {"--model_args", "--include_path", "--tasks", "--apply_chat_template", "--device"}  # of lm-eval
-# How the pattern below reads pip's --no-deps and --extra-index-url.
-OTHER_OPTIONS |= {"--from_scratch", "--no", "--extra"}
+SOURCES = [path for folder in ("minivlm", "tools") for path in (ROOT / folder).rglob("*.py")]
+OPTIONS = {option for path in SOURCES for option in re.findall(r'"(--[a-z]\w+)"', path.read_text(encoding="utf-8"))}
+OPTIONS |= {f"--{field.name}" for field in fields(TrainArgs)}
+# Of lm-eval and accelerate launch; the last two are how the pattern below reads pip's --no-deps and --extra-index-url.
+OTHER_OPTIONS = {"--model_args", "--include_path", "--tasks", "--apply_chat_template", "--config_file", "--no", "--extra"}
+
 
 
 def read(document: str) -> str:
@@ -167,8 +165,7 @@ def test_the_tree_names_what_is_there(readme):
 
 @pytest.mark.parametrize("document", [*READMES, "TRAINING.md", "PERFORMANCE.md"])
 def test_options_that_the_documents_name_exist(document):
-    known = {f"--{field.name}" for field in fields(TrainArgs)} | OTHER_OPTIONS
-    assert set(re.findall(r"--[a-z]\w+", read(document))) <= known | {"--minimind_v"}
+    assert set(re.findall(r"--[a-z]\w+", read(document))) <= OPTIONS | OTHER_OPTIONS
 
 
 def test_the_tables_of_options_are_those_of_the_help():

@@ -130,6 +130,7 @@ def test_time_left_is_told_once_it_is_known(length, data, tmp_path, capsys):
 @pytest.mark.parametrize("start", [[], ["--from_scratch"]])
 def test_demo_runs_to_a_contact_sheet(start, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(demo, "ALIGNMENT", ["--batch", "64", "--pictures", "256", "--passes", "2"])
     monkeypatch.setattr(demo, "evaluate", lambda model, processor, rows: evaluate(model, processor, rows, limit=20))
     with torch._dynamo.config.patch(disable=True):  # compiling takes longer than this whole test
         demo.main(["--minutes", "0.1", "--output_dir", str(tmp_path), *start])

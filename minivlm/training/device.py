@@ -56,7 +56,7 @@ def supports_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device | str) -> torch.autocast:
-    """Return the context that computes in bf16 if the device has instructions for it; else bf16 is slower than fp32."""
+    """Return the context that computes in bf16 if the device has instructions for it; else fp32 is faster."""
     device = torch.device(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=supports_bf16(device))
 
