@@ -110,12 +110,13 @@ not_run = []  # slow tests; with pytest-xdist each worker counts those that it l
 
 
 # These take longest. They begin first, or one worker would be left with them at the end.
-LONG = "test_readme test_training test_streaming test_to_web test_to_onnx test_publish_check test_uploads test_project".split()
+LONG = "readme training streaming to_web to_onnx publish_check uploads project".split()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    names = [f"test_{name}" for name in LONG]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
 
 
 def pytest_deselected(items):
