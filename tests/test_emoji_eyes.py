@@ -19,7 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from tools.emoji import composer, drawings, eyes_measure, eyes_train, prepare
 from tools.emoji.augment import augment, grow, on_white
 from tools.emoji.drawings import Drawings
-from tools.emoji.eyes import Eyes, Muon, build_tower, load, orthogonal
+from tools.emoji.eyes import Eyes, build_tower, load
 from tools.emoji.eyes_measure import measure, read_pictures
 
 
@@ -61,17 +61,6 @@ def test_growing_is_a_greatest_value_pooling():
     x = torch.rand(2, 1, 9, 9)
     for steps in (1, 2):
         torch.testing.assert_close(grow(x, steps), F.max_pool2d(x, 2 * steps + 1, 1, steps))
-
-
-def test_muon_turns_each_convolution_by_a_matrix_of_like_singular_values():
-    values = torch.linalg.svdvals(orthogonal(torch.randn(16, 54)))
-    assert 0.5 < values.min() and values.max() < 1.5
-    conv = torch.nn.Conv2d(6, 16, 3, bias=False)
-    before = conv.weight.detach().clone()
-    conv(torch.randn(2, 6, 8, 8)).square().sum().backward()
-    Muon(conv.parameters(), lr=0.1).step()
-    moved = torch.linalg.svdvals((conv.weight.detach() - before).flatten(1)) / 0.1
-    assert 0.4 < moved.min() and moved.max() < 1.6
 
 
 def test_a_vit_shown_all_patches_by_number_sees_the_same_and_shown_half_sees_those():

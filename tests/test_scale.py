@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers.models import ROOT
 from minivlm.benchmark.shapes import IMAGE, TINY, Shape, make_ours
 from minivlm.training.flops import FlopCounter
+from minivlm.training.muon import Muon
 from tools.scale import costs
 from tools.scale.__main__ import cluster_of, main, parse_args, text_of
 from tools.scale.communication import (
@@ -100,7 +101,7 @@ def test_newton_schulz_is_what_muon_takes():
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     with FlopCounterMode(display=False) as counter:
-        torch.optim.Muon(parameters).step()
+        Muon(parameters).step()
     assert counter.get_total_flops() == newton_schulz_flops(shape)
     assert newton_schulz_flops(SMALL) == pytest.approx(1.06e12, rel=0.001)
 

@@ -22,7 +22,7 @@ from minivlm.benchmark.rows import draw_lengths, make_rows
 from minivlm.benchmark.shapes import SHAPES, Shape, read_shape
 from minivlm.benchmark.training import training_sides
 from minivlm.cli import Parser, positive
-from minivlm.training.device import supports_bf16
+from minivlm.training.precision import supports_bf16
 
 TOPICS = ("training", "answers")
 

@@ -1,4 +1,4 @@
-"""Set up the device: precision and processes, compiled blocks, the largest micro-batch that fits."""
+"""Set up the device: processes and their precision, compiled blocks, the largest micro-batch that fits."""
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -6,6 +6,7 @@ from accelerate.utils import ProjectConfiguration, find_executable_batch_size
 
 from minivlm.data.encoder import Encoder
 from minivlm.training.options import TrainArgs
+from minivlm.training.precision import supports_bf16
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -44,21 +45,6 @@ def make_accelerator(args: TrainArgs) -> Accelerator:
         plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1  # the loss is divided by answer tokens already
     return accelerator
-
-
-def supports_bf16(device: torch.device) -> bool:
-    """Return whether the device has instructions for bf16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return (
-        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-def autocast(device: torch.device | str) -> torch.autocast:
-    """Return the context that computes in bf16 if the device has instructions for it; else fp32 is faster."""
-    device = torch.device(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=supports_bf16(device))
 
 
 def compile_blocks(model: torch.nn.Module, device: torch.device) -> None:

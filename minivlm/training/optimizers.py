@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from minivlm.model.parts import BLOCK, part_of
+from minivlm.training.muon import Muon
+from minivlm.training.precision import supports_bf16
 
 SCHEDULES = ("linear", "cosine", "wsd", "constant")
 DECAY_SHARE = 0.2  # last part of a WSD run, in which the learning rate falls (arXiv 2405.18392, section 4.1: 10-20 %)
@@ -34,9 +36,11 @@ def build_optimizers(model: nn.Module, args) -> list[torch.optim.Optimizer]:
     if adamw:
         groups = [{"params": p, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), p in adamw.items()]
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), fused=True))
-    if muon:  # scaled so that one learning rate suits both (arXiv 2502.16982, section 2.2)
+    if muon:  # scaled so that one learning rate suits both
         groups = [{"params": p, "lr": lr, "peak_lr": lr} for lr, p in muon.items()]
-        optimizers.append(torch.optim.Muon(groups, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        in_bf16 = args.mixed_precision not in ("no", "tf32") and supports_bf16(embedding.device)
+        dtype = torch.bfloat16 if in_bf16 else torch.float32
+        optimizers.append(Muon(groups, weight_decay=args.weight_decay, dtype=dtype))
     return optimizers
 
 

@@ -14,9 +14,10 @@ from minivlm.data.bad_rows import BadRow
 from minivlm.data.pictures import augment, decode_image
 from minivlm.data.rows import Rows
 from minivlm.model.backbones import build_processor, model_from_scratch
-from minivlm.training.device import autocast, compile_blocks
+from minivlm.training.device import compile_blocks
 from minivlm.training.optimizers import build_optimizers, schedule, step_all
 from minivlm.training.options import TrainArgs
+from minivlm.training.precision import autocast
 from modeling_minivlm import build_vision_tower
 
 

@@ -26,9 +26,9 @@ from tqdm import tqdm, trange
 from minivlm.cli import Parser, run_command
 from minivlm.model.backbones import build
 from minivlm.model.loading import save_model
-from minivlm.training.device import autocast
 from minivlm.training.optimizers import build_optimizers, schedule, step_all
 from minivlm.training.options import parse_args as parse_train_args
+from minivlm.training.precision import autocast
 from tools.emoji.concepts import DEMO
 from tools.emoji.drawings import Drawings, load_concept_table
 from tools.emoji.eyes import TAUGHT, Eyes, load, normalised, threads

@@ -5,7 +5,6 @@ into an 8 x 8 map: the ResNet in its last stage, the ViT with patches of 16 pixe
 of the map, V width.
 """
 
-import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, CLIPVisionConfig, ResNetConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from minivlm.training.muon import Muon
 
 SIZE = 128  # side of a picture, pixels
 TAUGHT = 0.7  # share of a target that comes from a trained classifier, the rest from the labels
@@ -152,42 +153,6 @@ def load(folder: Path) -> tuple[Eyes, list[str]]:
     return eyes, head["concepts"]
 
 
-def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Return roughly the nearest matrix whose singular values are all equal.
-
-    The method is the Newton-Schulz iteration of Muon (Jordan et al. 2024).
-    """
-    x = matrix / (matrix.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    for _ in range(steps):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Optimize matrices with Muon; a convolution is treated as a matrix (out, in * height * width)."""
-
-    def __init__(self, params, lr: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update each parameter that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                m = state["momentum"].mul_(group["momentum"]).add_(p.grad)
-                update = orthogonal((p.grad + group["momentum"] * m).flatten(1))
-                scale = math.sqrt(max(1, update.shape[0] / update.shape[1]))
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
-
-
 def build_optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
     """Return two optimizers for the parameters of `model`: AdamW and Muon.
 
@@ -199,4 +164,4 @@ def build_optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.
         matrix = p.ndim in (2, 4) and p.shape[1] > 3 and "tower." in name and "embedding." not in name
         (inner if matrix else rest).append(p)
     adamw = torch.optim.AdamW([{"params": rest, "peak_lr": lr}], lr=lr, weight_decay=0.01)
-    return [adamw, Muon([{"params": inner, "peak_lr": muon_lr}], lr=muon_lr)]
+    return [adamw, Muon([{"params": inner, "peak_lr": muon_lr}], lr=muon_lr, match_adamw=False)]

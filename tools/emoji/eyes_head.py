@@ -19,8 +19,8 @@ from tqdm import trange
 
 from minivlm.cli import Parser, run_command
 from minivlm.model.loading import load_trained
-from minivlm.training.device import autocast
 from minivlm.training.optimizers import schedule
+from minivlm.training.precision import autocast
 from tools.emoji.drawings import Drawings
 from tools.emoji.eyes import Eyes, save, threads
 from tools.emoji.eyes_measure import measure, measure_small, read_pictures

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from minivlm.cli import Parser, run_command
-from minivlm.training.device import autocast
 from minivlm.training.optimizers import schedule, step_all
+from minivlm.training.precision import autocast
 from tools.emoji.augment import compose, on_white
 from tools.emoji.drawings import Drawings
 from tools.emoji.eyes import (
