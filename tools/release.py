@@ -62,6 +62,10 @@ def cast(run: Path, dtype: str) -> Path:
         raise ValueError(f"{', '.join(broken[:3])}: not finite as {dtype}. Use --dtype bfloat16, or look at the run.")
     folder = run / "release"
     save_model(model, processor, folder)
+    # AutoModel computes in the type that config.json names, not in that of the weights. A model this small is fast
+    # enough in fp32 everywhere, and nine times as fast as in bf16 on a processor without the instructions.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": "float32"}
+    put(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     size = (folder / "model.safetensors").stat().st_size
     print(f"cast: {folder}, {model.num_parameters() / 1e6:.1f} M parameters, {size / 1e6:.1f} MB as {dtype}")
     return folder
