@@ -42,9 +42,10 @@ from minivlm.model.lora import add_lora
 from minivlm.model.packed_attention import use_packed_attention
 from minivlm.model.parts import check_gradients, freeze
 from minivlm.training.checkpoints import STOPPED, StopSignal, check_disk, resume, save_checkpoint
-from minivlm.training.device import SHARDED, compile_blocks, largest_micro_batch, make_accelerator
+from minivlm.training.device import SHARDED, compile_blocks, make_accelerator
 from minivlm.training.grounding import check_grounding
 from minivlm.training.losses import SUMS, compute_loss
+from minivlm.training.micro_batch import largest_micro_batch
 from minivlm.training.optimizers import WeightAverage, build_optimizers, schedule, set_learning_rates
 from minivlm.training.options import TrainArgs, parse_args
 from minivlm.training.plotting import plot

@@ -22,7 +22,7 @@ COMMANDS = {  # name -> what it does; the module is minivlm.commands.NAME
     "convert": "Join parts to a new model, read MiniMind's weights, export to LLaVA, ONNX, GGUF and a web page.",
     "publish": "Upload a trained model to the Hugging Face Hub.",
     "plot": "Draw the loss and the scores of training runs.",
-    "benchmark": "Measure how fast a model trains and answers, beside its peers.",
+    "benchmark": "Measure how fast a model trains and answers, and its memory, beside its peers.",
     "benchmark-formats": "Measure a model as it is, as ONNX graphs and as GGUF files.",
     "benchmark-data": "Measure how fast rows become batches.",
 }

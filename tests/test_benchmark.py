@@ -12,6 +12,7 @@ from minivlm.benchmark import training
 from minivlm.benchmark.answering import answer_sides
 from minivlm.benchmark.floors import products
 from minivlm.benchmark.measure import alternate, machine, summarise
+from minivlm.benchmark.memory import peak_bytes
 from minivlm.benchmark.rows import IGNORE, draw_lengths, make_prompt, make_rows
 from minivlm.benchmark.shapes import SHAPES, make_ours, read_shape
 from minivlm.commands import benchmark
@@ -81,6 +82,20 @@ def test_a_convolutional_tower_is_measured_without_llava_which_takes_none():
     sides["ours, fp32"](2)
 
 
+def test_the_peak_of_memory_is_that_of_the_largest_sum_held_at_once():
+    """Three tensors of 4 MB, of which two at a time, and one that stays."""
+    stays = []
+
+    def work():
+        first = torch.ones(1_000_000)
+        second = first + 1
+        del first
+        stays.append(second + 1)
+
+    work()
+    assert peak_bytes(work) == pytest.approx(8_000_000, abs=1000)  # a scalar beside them
+
+
 def test_the_command_prints_tables_and_writes_all_times(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "compile_blocks", lambda model, device: None)
     threads = torch.get_num_threads()
@@ -104,8 +119,10 @@ def test_the_command_prints_tables_and_writes_all_times(tmp_path, capsys, monkey
     sides = ("ours, packed row by row, compiled", "floor, fp32", "ours by onnxruntime, int8")
     assert all(f"| {side} |" in out for side in sides) and "processor: " in out
     saved = json.loads((tmp_path / "a.json").read_text())
-    assert [table["unit"] for table in saved["tables"]] == ["rows/s", "per second", "tokens/s"]
-    assert all(len(times) == 2 for table in saved["tables"] for times in table["seconds"].values())
+    assert [table["unit"] for table in saved["tables"]] == ["rows/s", "bytes", "per second", "tokens/s"]
+    assert all(len(times) == 2 for table in saved["tables"] for times in table.get("seconds", {}).values())
+    memory = saved["tables"][1]["sides"]
+    assert 0 < memory["ours, packed row by row, compiled"] < memory["ours, padded to the longest"]
     assert saved["machine"] == machine() | {"threads": 1, "shape": "tiny", "rounds": 2}
 
 
@@ -116,6 +133,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         training.minimind_v_step(str(tmp_path), TINY, SimpleNamespace())
     with pytest.raises(SystemExit):
         benchmark.parse_args(["speed"])
-    assert "'speed' is no topic. Topics are training and answers" in capsys.readouterr().err.replace(
+    assert "'speed' is no topic. Topics are training, memory, answers" in capsys.readouterr().err.replace(
         "speed is", "'speed' is"
     )

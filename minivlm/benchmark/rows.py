@@ -22,6 +22,12 @@ class Rows:
         return sum(len(sample["input_ids"]) for sample in self.samples)
 
     @property
+    def sizes(self) -> str:
+        """Return what a table says of the rows: their number and lengths."""
+        lengths = [len(sample["input_ids"]) for sample in self.samples]
+        return f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, {self.tokens:,} in all"
+
+    @property
     def answers(self) -> int:
         """Return the tokens that carry loss."""
         return sum(int((sample["labels"][1:] != IGNORE).sum()) for sample in self.samples)

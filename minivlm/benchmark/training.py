@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import torch
 
-from minivlm.benchmark.floors import training_floor
 from minivlm.benchmark.peers import minimind_v_step
 from minivlm.benchmark.rows import Rows
 from minivlm.benchmark.shapes import Shape, make_llava, make_ours
@@ -77,6 +76,5 @@ def training_sides(shape: Shape, rows: Rows, dtype: torch.dtype, peer: str | Non
         yield "ours, padded to the longest, compiled", our_step(shape, rows, dtype, "padded", True)
         yield "ours, packed under a dense mask, compiled", our_step(shape, rows, dtype, "sdpa", True)
         yield "ours, packed row by row, compiled", our_step(shape, rows, dtype, PACKED, True)
-        yield "floor: the matrix products alone", training_floor(shape, rows, dtype)
 
     return dict(found())

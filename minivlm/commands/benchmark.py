@@ -1,11 +1,12 @@
-"""Measure how fast the model trains and answers, beside its peers and the machine's floor.
+"""Measure how fast the model trains and answers, and its memory, beside its peers and the machine's floor.
 
     minivlm benchmark training
     minivlm benchmark training answers --shape . --threads 2 --json speed.json
     minivlm benchmark --minimind_v FOLDER     (a checkout of its repository)
 
 All sides have random weights, the same sizes and the same rows, and take turns; figures are medians over rounds, with
-the lowest and the highest. The floor is the time of the matrix products alone, at the same sizes and precision.
+the lowest and the highest. The floor is the time of the matrix products alone, at the same sizes and precision. Memory
+is what torch holds at most in a training step, gradients included, beside the weights.
 """
 
 import json
@@ -16,22 +17,24 @@ from pathlib import Path
 import torch
 
 from minivlm.benchmark.answering import DTYPES, time_answers
+from minivlm.benchmark.floors import training_floor
 from minivlm.benchmark.graphs import export_graphs
 from minivlm.benchmark.measure import alternate, machine, summarise
+from minivlm.benchmark.memory import peak_bytes
 from minivlm.benchmark.rows import draw_lengths, make_rows
 from minivlm.benchmark.shapes import SHAPES, Shape, read_shape
 from minivlm.benchmark.training import training_sides
 from minivlm.cli import Parser, positive
 from minivlm.training.precision import supports_bf16
 
-TOPICS = ("training", "answers")
+TOPICS = ("training", "memory", "answers")
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     """Return the options."""
     parser = Parser(__doc__, prog="minivlm benchmark")
     add = parser.add_argument
-    add("topics", nargs="*", metavar="TOPIC", help="training, answers. Default: both.")
+    add("topics", nargs="*", metavar="TOPIC", help="training, memory, answers. Default: all.")
     add("--shape", default="minimind-3v", help=f"{', '.join(SHAPES)}, or a model's folder. Default: minimind-3v.")
     add("--rows", type=positive, nargs="+", default=[4, 12], help="Rows of a training step. Default: 4 12.")
     add("--tokens", type=positive, help="Tokens of each row. Default: captions and instructions of many lengths.")
@@ -44,7 +47,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--json", metavar="FILE", help="Also write all times to this file.")
     args = parser.parse_args(argv)
     if unknown := set(args.topics) - set(TOPICS):
-        parser.error(f"{sorted(unknown)[0]} is no topic. Topics are {' and '.join(TOPICS)}.")
+        parser.error(f"{sorted(unknown)[0]} is no topic. Topics are {', '.join(TOPICS)}.")
     args.bf16 = supports_bf16(torch.device("cpu"))
     args.dtype = args.dtype or ("bfloat16" if args.bf16 else "float32")
     return args
@@ -72,12 +75,28 @@ def benchmark_training(shape: Shape, args: Namespace) -> list[dict]:
     for count in args.rows:
         rows = make_rows(shape, [args.tokens] * count if args.tokens else draw_lengths(shape, count))
         sides = training_sides(shape, rows, dtype, args.minimind_v)
+        sides["floor: the matrix products alone"] = training_floor(shape, rows, dtype)
         seconds = alternate(sides, args.rounds)
-        lengths = [len(sample["input_ids"]) for sample in rows.samples]
-        sizes = f"{count} rows of {min(lengths)} to {max(lengths)} tokens, {rows.tokens:,} in all"
-        title = f"training step, {sizes}, {args.dtype}"
-        table = show(title, "rows/s", summarise(seconds, count, next(iter(sides))))
+        rates = summarise(seconds, count, next(iter(sides)))
+        table = show(f"training step, {rows.sizes}, {args.dtype}", "rows/s", rates)
         tables.append(table | {"seconds": seconds})
+    return tables
+
+
+def benchmark_memory(shape: Shape, args: Namespace) -> list[dict]:
+    """Measure the most memory that a training step of each number of rows holds; return the tables."""
+    tables, dtype = [], getattr(torch, args.dtype)
+    for count in args.rows:
+        rows = make_rows(shape, [args.tokens] * count if args.tokens else draw_lengths(shape, count))
+        peaks = {}
+        for name, step in training_sides(shape, rows, dtype, args.minimind_v).items():
+            step()  # compiles
+            peaks[name] = peak_bytes(step)
+        title, base = f"memory of a training step, {rows.sizes}, {args.dtype}", next(iter(peaks.values()))
+        say(f"\n**{title}**\n\n| side | MiB | ratio |\n|---|---|---|")
+        for name, peak in peaks.items():
+            say(f"| {name} | {peak / 2**20:,.0f} | {peak / base:.2f} |")
+        tables.append({"title": title, "unit": "bytes", "sides": peaks})
     return tables
 
 
@@ -109,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     say("\n".join(f"{key}: {value}" for key, value in about.items()))
     if not shape.fits_llava:
         say("no LLaVA + Qwen 3: LLaVA takes no tower of this type")
-    works = {"training": benchmark_training, "answers": benchmark_answers}
+    works = {"training": benchmark_training, "memory": benchmark_memory, "answers": benchmark_answers}
     tables = [table for topic in args.topics or TOPICS for table in works[topic](shape, args)]
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": about, "tables": tables}, indent=1))

@@ -1,8 +1,11 @@
 """Compute what training minimises: the loss of the answers, and what is added to it."""
 
 import torch
+from accelerate import Accelerator
 
 from minivlm.data.encoder import IGNORE
+from minivlm.training.chunked_loss import ChunkedLoss, is_large
+from minivlm.training.device import SHARDED
 from minivlm.training.grounding import grounding_loss
 
 SUMS = ("loss", "imbalance", "grounding")  # what `compute_loss` reports of a micro-batch; the loss comes first
@@ -30,6 +33,22 @@ def load_balance(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.T
     return total
 
 
+def sum_losses(model, tensors: dict, z: float, extra: dict, accelerator: Accelerator):
+    """Return the outputs of a model, and its summed loss with and without the z-loss, each ().
+
+    If the logits are too many to be held at once the model computes none: the LM head reads its last hidden states
+    here, some tokens at a time. Weights that are cut into shards are whole only inside the model.
+    """
+    kept, labels, head = tensors["logits_to_keep"], tensors["shift_labels"], accelerator.unwrap_model(model).lm_head
+    if is_large(labels, head) and accelerator.distributed_type not in SHARDED:
+        inputs = {name: value for name, value in tensors.items() if name != "shift_labels"}
+        inputs["logits_to_keep"] = torch.zeros_like(kept)
+        outputs = model(**inputs, use_cache=False, **extra | {"output_hidden_states": True})
+        return outputs, *ChunkedLoss.apply(outputs.hidden_states[-1][kept], head.weight, labels.flatten(), z)
+    outputs = model(**tensors, labels=labels, use_cache=False, num_items_in_batch=1, **extra)
+    return outputs, outputs.loss + z * z_loss(outputs.logits, labels) if z else outputs.loss, outputs.loss
+
+
 def compute_loss(model, tensors: dict[str, torch.Tensor], answers: torch.Tensor, args, accelerator):
     """Return what a micro-batch minimises, (), and its share of `SUMS`, (3,).
 
@@ -51,15 +70,14 @@ def compute_loss(model, tensors: dict[str, torch.Tensor], answers: torch.Tensor,
     inputs = {key: value for key, value in tensors.items() if key != "grounding"}
     imbalance = grounded = torch.zeros((), device=labels.device)
     with accelerator.autocast():
-        outputs = model(**inputs, labels=labels, use_cache=False, num_items_in_batch=answers, **extra)
+        outputs, objective, loss = sum_losses(model, inputs, args.z_loss, extra, accelerator)
+        objective, loss = objective / answers, loss / answers
         if is_grounded:
             grounded = grounding_loss(plain, outputs.hidden_states, tensors) / answers
-    objective = outputs.loss + args.grounding_loss * grounded
-    if args.z_loss:
-        objective = objective + args.z_loss * z_loss(outputs.logits, labels) / answers
+            objective = objective + args.grounding_loss * grounded
     if outputs.router_logits:  # without this term a mixture soon asks one expert for everything
         share = (labels != IGNORE).sum() / answers  # of this micro-batch in the step
         balance = share * load_balance(outputs.router_logits, text.num_experts_per_tok)
         objective, imbalance = objective + text.router_aux_loss_coef * balance, balance / text.num_hidden_layers
     # The product undoes the mean that DDP, FSDP and ZeRO take over ranks.
-    return objective * accelerator.num_processes, torch.stack([outputs.loss, imbalance, grounded]).detach()
+    return objective * accelerator.num_processes, torch.stack([loss, imbalance, grounded]).detach()
