@@ -1,9 +1,11 @@
 """Define the fixtures that all tests share; `helpers/` makes the models and data in them."""
 
 import os
+from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the network tests the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two files of tests run side by side
+
 
 import pytest  # noqa: E402
 
@@ -15,10 +17,12 @@ from PIL import Image  # noqa: E402
 
 from helpers.browser import CHROMIUM  # noqa: E402
 from helpers.data import row, write  # noqa: E402
+from helpers.exports import export_once  # noqa: E402
 from helpers.families import make_parts, publish  # noqa: E402
 from helpers.models import make_config, make_model, make_processor, save  # noqa: E402
 from helpers.release import client, hub, out, trained  # noqa: E402, F401  (fixtures of publishing)
 from minivlm.commands.convert import main as convert  # noqa: E402
+from minivlm.convert import onnx_graphs, to_onnx  # noqa: E402
 from minivlm.inference import Assistant  # noqa: E402
 from minivlm.model.loading import load_trained  # noqa: E402
 
@@ -50,6 +54,17 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def assistant(tiny):
     return Assistant(*load_trained(tiny))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(tmp_path_factory):
+    """Let torch trace a model once, which takes ten seconds; who exports the same model gets the same graphs."""
+    kept = tmp_path_factory.mktemp("graphs")
+    with pytest.MonkeyPatch.context() as patch:
+        once = partial(export_once, kept=kept, export=onnx_graphs.export)
+        for module in (onnx_graphs, to_onnx):
+            patch.setattr(module, "export", once)
+        yield
 
 
 @pytest.fixture(scope="session")

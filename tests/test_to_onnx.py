@@ -124,7 +124,7 @@ def test_graphs_that_do_not_verify_are_refused(exported, monkeypatch):
 
 
 def test_what_the_exporter_cannot_trace_is_said_and_not_kept(tmp_path, monkeypatch):
-    save(tmp_path / "ours")
+    save(tmp_path / "ours", text={"num_hidden_layers": 1})  # no other test has traced this one
     monkeypatch.setattr(
         VisionEncoder, "forward", lambda self, pixel_values: next(p for p in pixel_values if p.sum() > 1)
     )

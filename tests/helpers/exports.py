@@ -1,6 +1,8 @@
 """Ask the torch model what an export of it is asked, and read the files of an export."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -38,3 +40,17 @@ def first_pictures(count=20):
 def read(path: Path):
     """Return the content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def export_once(model, folder, kept, export):
+    """Write the graphs of a model into `folder`; those of a model that was exported before come from `kept`."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.float().numpy().tobytes())
+    graphs = kept / digest.hexdigest()
+    if not graphs.is_dir():
+        export(model, folder)
+        shutil.copytree(folder / "onnx", graphs)
+    else:
+        model.set_attn_implementation("eager")  # as `export` does
+        shutil.copytree(graphs, folder / "onnx")
