@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.models import ROOT
+from minivlm.benchmark.memory import peak_bytes
 from minivlm.benchmark.shapes import IMAGE, TINY, Shape, make_ours
 from minivlm.training.flops import FlopCounter
 from minivlm.training.muon import Muon
@@ -160,14 +161,7 @@ def test_logits_take_at_their_peak_what_is_counted():
         return logits  # a model returns them beside the loss, so they stay
 
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    assert peak / (vocabulary * tokens) == pytest.approx(LOGITS, rel=0.02)
+    assert peak_bytes(step) / (vocabulary * tokens) == pytest.approx(LOGITS, rel=0.02)
 
 
 # Communication
