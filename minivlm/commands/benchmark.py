@@ -22,7 +22,7 @@ from minivlm.benchmark.graphs import export_graphs
 from minivlm.benchmark.measure import alternate, machine, summarise
 from minivlm.benchmark.memory import peak_bytes
 from minivlm.benchmark.rows import draw_lengths, make_rows
-from minivlm.benchmark.shapes import SHAPES, Shape, read_shape
+from minivlm.benchmark.shapes import SHAPES, Shape, make_ours, read_shape
 from minivlm.benchmark.training import training_sides
 from minivlm.cli import Parser, positive
 from minivlm.training.precision import supports_bf16
@@ -92,7 +92,8 @@ def benchmark_memory(shape: Shape, args: Namespace) -> list[dict]:
         for name, step in training_sides(shape, rows, dtype, args.minimind_v).items():
             step()  # compiles
             peaks[name] = peak_bytes(step)
-        title, base = f"memory of a training step, {rows.sizes}, {args.dtype}", next(iter(peaks.values()))
+        base, weights = next(iter(peaks.values())), 4 * make_ours(shape).num_parameters()
+        title = f"memory of a training step beside {weights / 2**20:,.0f} MiB of weights, {rows.sizes}, {args.dtype}"
         say(f"\n**{title}**\n\n| side | MiB | ratio |\n|---|---|---|")
         for name, peak in peaks.items():
             say(f"| {name} | {peak / 2**20:,.0f} | {peak / base:.2f} |")
