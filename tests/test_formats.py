@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -12,8 +13,9 @@ from helpers.models import ROOT, SIGLIP, save
 from helpers.release import PATIENCE, REPO
 from minivlm.convert import formats
 from minivlm.convert.errors import Inexpressible
+from minivlm.convert.to_web import JS
 from minivlm.hub.card import MARKER, write_card
-from minivlm.hub.children import prepare_child
+from minivlm.hub.children import TEXTS, prepare_child
 from minivlm.hub.format_table import RECORD
 from minivlm.hub.publish import Release
 from minivlm.resources import digest
@@ -106,12 +108,12 @@ def test_the_card_of_a_format_names_the_model_it_is_of(out, tmp_path):
         assert (found["base_model"], found["base_model_relation"]) == (REPO, "quantized")
         assert (found["license"], found["language"]) == ("apache-2.0", ["de"]), "those of the model"
         assert found["pipeline_tag"] == "image-text-to-text" and name.lower() in found["tags"]
-        # The Hub prints snippets of transformers, vLLM and SGLang for pages with this tag or library.
-        assert not {"transformers", "custom_code"} & {found["library_name"], *found["tags"]}
+        # The Hub prints snippets of these libraries, and of vLLM and SGLang, for pages that name them.
+        assert not {"transformers", "custom_code", "transformers.js"} & {found["library_name"], *found["tags"]}
         assert ModelCard(text).data.base_model == REPO and child.repo_id in text.split("---\n", 2)[2]
         assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
         libraries[name] = found["library_name"]
-    assert libraries == {"ONNX": "transformers.js", "ONNX-int8": "onnx", "GGUF": "gguf"}
+    assert libraries == {"ONNX": "onnx", "ONNX-int8": "onnx", "GGUF": "gguf"}
 
 
 def home(name):
@@ -242,3 +244,21 @@ def test_a_format_that_does_not_go_up_is_named_with_the_command_that_goes_on(hub
 def test_a_check_makes_no_formats(client, out):
     done = client(out / "final", "--check", "--formats")
     assert done.returncode == 2 and "--dry_run --formats" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_code_of_the_card_runs_in_node(tmp_path):
+    """It needs npm, and the network or npm's cache."""
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed")
+    repo_id = f"{REPO}-ONNX"
+    formats.write_onnx(ROOT, tmp_path / "models" / repo_id)
+    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", JS]
+    subprocess.run(install, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    shutil.copy(ROOT / "data" / "examples" / "pig-face.png", tmp_path / "picture.png")
+    [code] = re.findall(r"```js\n(.*?)```", TEXTS["ONNX"].format(parent=REPO, repo_id=repo_id), re.DOTALL)
+    local = 'import { env } from "@huggingface/transformers";\nenv.allowRemoteModels = false;\n'
+    local += f"env.localModelPath = {json.dumps(str(tmp_path / 'models'))};\n"
+    (tmp_path / "card.mjs").write_text(local + code, encoding="utf-8")
+    done = subprocess.run(["node", "card.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "pig face", done.stderr

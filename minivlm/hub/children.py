@@ -18,7 +18,8 @@ from minivlm.hub.publish import EXPORTED, Release, upload
 from minivlm.hub.secrets import leaks
 from minivlm.resources import HUB_MODEL
 
-LIBRARIES = {"ONNX": "transformers.js", "ONNX-int8": "onnx", "GGUF": "gguf"}
+# With library_name transformers.js the Hub prints pipeline("image-text-to-text"); transformers.js 4.3 has none.
+LIBRARIES = {"ONNX": "onnx", "ONNX-int8": "onnx", "GGUF": "gguf"}
 # Files without which the engines do not load a format.
 NEEDED = {
     "ONNX": "config.json generation_config.json preprocessor_config.json tokenizer.json tokenizer_config.json "
