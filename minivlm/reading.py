@@ -22,29 +22,72 @@ ANSWER_TOKENS = 64  # longest answer
 class Reading:
     """Hold what a model keeps of a batch of prompts, all tokens but the last of each.
 
-    Equal pictures of a batch are seen once.
+    Equal pictures of a batch are seen once, and so are equal beginnings: where a picture stands first, and the prompts
+    of a batch begin with the same number of tokens up to its end, these are read once for all questions about it. The
+    padding then stands between this beginning and the question.
     """
 
     @torch.inference_mode()
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, items: list[dict]):
-        self.model, self.tokenizer = model, processor.tokenizer
-        marker, expanded = processor.image_token, processor.image_token * processor.image_seq_length
-        inputs = self.tokenizer(
-            [item["text"].replace(marker, expanded) for item in items],
-            return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False,
-        ).to(model.device)  # fmt: skip
-        self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]  # (B, P + 1)
-        self.cache, self.marker = DynamicCache(config=model.config.text_config), marker
-        model.model(
-            input_ids=self.ids[:, :-1], attention_mask=self.mask[:, :-1], position_ids=self.positions[:, :-1],
-            mm_encoder_outputs=self.look(processor, [image for item in items for image in item["images"]]),
-            past_key_values=self.cache, use_cache=True,
+        self.model, self.tokenizer, self.marker = model, processor.tokenizer, processor.image_token
+        expanded = processor.image_token * processor.image_seq_length
+        texts = [item["text"].replace(self.marker, expanded) for item in items]
+        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        begun, firsts, places = self.beginnings(prompts, items)
+        self.ids, self.mask = self.pad(prompts, begun)  # (B, P + 1)
+        self.cache = DynamicCache(config=model.config.text_config)
+        seen = self.look(processor, [image for i in firsts for image in items[i]["images"]])
+        if begun:
+            self.read(self.ids[firsts, :begun], self.mask[firsts, :begun], seen)
+            self.cache.batch_select_indices(torch.tensor(places, device=model.device))
+            self.read(self.ids[:, begun:-1], self.mask[:, :-1], None)
+        else:
+            self.read(self.ids[:, :-1], self.mask[:, :-1], seen)
+
+    def beginnings(self, prompts: list[list[int]], items: list[dict]) -> tuple[int, list[int], list[int]]:
+        """Return how many tokens are read once for equal beginnings, an item of each, and the number of each item's.
+
+        If no two are equal, they differ in length, or nothing follows, that is 0, all items, and their own numbers.
+        """
+        marker = self.tokenizer.convert_tokens_to_ids(self.marker)
+        ends = {len(ids) - ids[::-1].index(marker) if marker in ids else 0 for ids in prompts}
+        begun, numbers, firsts, places = max(ends), {}, [], []
+        for i, (ids, item) in enumerate(zip(prompts, items)):
+            key = tuple(ids[:begun]), tuple(same_picture(image) for image in item["images"])
+            if key not in numbers:
+                numbers[key] = len(firsts)
+                firsts.append(i)
+            places.append(numbers[key])
+        follows = min(len(ids) for ids in prompts) - begun > 1  # the last token is read with the answers
+        if len(ends) > 1 or len(firsts) == len(items) or not follows:
+            begun, firsts, places = 0, list(range(len(items))), list(range(len(items)))
+        return begun, firsts, places
+
+    def pad(self, prompts: list[list[int]], begun: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens of prompts and their mask, (B, P + 1), with padding behind the first `begun` tokens."""
+        longest = max(len(ids) for ids in prompts)
+        blanks = [longest - len(ids) for ids in prompts]
+        fill = self.tokenizer.pad_token_id
+        ids = [ids[:begun] + [fill] * blank + ids[begun:] for ids, blank in zip(prompts, blanks)]
+        mask = [[1] * begun + [0] * blank + [1] * (longest - begun - blank) for blank in blanks]
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+
+    def read(self, ids: torch.Tensor, mask: torch.Tensor, seen: dict | None) -> None:
+        """Read tokens (b, t) behind those in the cache.
+
+        Args:
+            mask: of the tokens in the cache and these, (b, T).
+            seen: features of their pictures.
+        """
+        self.model.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions_of(mask)[:, -ids.shape[1] :],
+            mm_encoder_outputs=seen, past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
 
     @property
     def positions(self) -> torch.Tensor:
         """Return the position of each token of the prompts, (B, P + 1); 0 for padding."""
-        return (self.mask.cumsum(1) - 1).clamp(min=0)
+        return positions_of(self.mask)
 
     def look(self, processor: ProcessorMixin, images: list) -> dict | None:
         """Return the features of the pictures in their order; None if there are none."""
@@ -103,6 +146,11 @@ class Reading:
             do_sample=False,
         )  # fmt: skip
         return self.tokenizer.batch_decode(output[:, self.ids.shape[1] :], skip_special_tokens=True)
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """Return the position of each token (B, T) of a mask; that of padding does not matter."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def same_picture(image) -> object:

@@ -15,7 +15,7 @@ from minivlm.evaluation.grounding import iou, is_in_place, read_numbers
 from minivlm.evaluation.scoring import add_options, is_right, print_table, prompts, result_of, summarise
 from minivlm.hub.card import results
 from minivlm.hub.results import eval_results
-from minivlm.reading import option_scores
+from minivlm.reading import answer, option_scores
 from tools.card import own_entries
 
 BOX = [10, 10, 30, 30]
@@ -174,6 +174,28 @@ def test_ranking_among_answers_is_ranking_options_that_are_these_answers(tmp_pat
     together = option_scores(model, make_processor(), offered)
     assert all(values == pytest.approx(wanted, abs=1e-4) for values, wanted in zip(together, alone, strict=True))
     assert len({item["options"][values.index(max(values))] for item, values in zip(offered, together)}) > 1
+
+
+@pytest.mark.parametrize(
+    "other", [[], [row(question="Hi?", answer="a cat", images=0)], [row(answer="a cat", images=2, seed=1)]]
+)
+def test_questions_about_one_picture_are_scored_and_answered_as_alone(other, tmp_path, model):
+    """What they begin with is read once, unless a prompt of the batch has no picture, or more."""
+    words = ("What?", "What is to the left of the red house?", "How many are there? Answer with a number.")
+    rows = [row(question=text, answer="a cat", seed=seed) for seed in (1, 2) for text in words]
+    rows = [one | {"options": ["a cat", "two", "something else"]} for one in [*rows, *other]]
+    items = prompts(load_rows([write(tmp_path / "rows.parquet", rows)]), make_processor())
+    read, language_model = [], model.model.language_model
+    hook = language_model.register_forward_pre_hook(
+        lambda _, a, k: read.append(k["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    scores = option_scores(model, make_processor(), items)
+    hook.remove()
+    outputs = answer(model, make_processor(), items, 8)
+    assert read[0][0] == (len(items) if other else 2) and read[1][0] == len(items)
+    for one, values, output in zip(items, scores, outputs, strict=True):
+        assert values == pytest.approx(option_scores(model, make_processor(), [one])[0], abs=1e-4)
+        assert output == answer(model, make_processor(), [one], 8)[0]
 
 
 def test_the_tower_sees_a_picture_once_for_all_options(tmp_path, model):
