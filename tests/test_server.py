@@ -322,4 +322,6 @@ def test_a_port_that_is_taken_is_one_line(server, tmp_path):
     command = [sys.executable, "-m", "minivlm", "serve", str(ROOT), "--port", port]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"--port {port}" in done.stderr
+    *before, said = done.stderr.splitlines()  # torchao, if it is installed, complains of its own libraries
+    assert done.returncode == 2 and said.startswith("error: ") and f"--port {port}" in said
+    assert not any("Traceback" in line for line in before)
