@@ -46,7 +46,8 @@ def sum_losses(model, tensors: dict, z: float, extra: dict, accelerator: Acceler
         outputs = model(**inputs, use_cache=False, **extra | {"output_hidden_states": True})
         return outputs, *ChunkedLoss.apply(outputs.hidden_states[-1][kept], head.weight, labels.flatten(), z)
     outputs = model(**tensors, labels=labels, use_cache=False, num_items_in_batch=1, **extra)
-    return outputs, outputs.loss + z * z_loss(outputs.logits, labels) if z else outputs.loss, outputs.loss
+    objective = outputs.loss + z * z_loss(outputs.logits, labels) if z else outputs.loss
+    return outputs, objective, outputs.loss
 
 
 def compute_loss(model, tensors: dict[str, torch.Tensor], answers: torch.Tensor, args, accelerator):
