@@ -17,6 +17,9 @@ ENVIRONMENT = @command -v "$(PYTHON)" >/dev/null || { \
 	echo "There is no '$(PYTHON)' here. Install Python 3.10 or later, or name yours: make $@ PYTHON=/path/to/python3.12" >&2; exit 1; }; \
 	MAKE_TARGET=$@ "$(PYTHON)" -I tools/bootstrap.py --venv "$(VENV)" $(CHOSEN)
 RUN = "$(VENV)/bin/python"
+# Make an environment in the folder $(1), named $$light, that sees ours through a .pth file: only what differs is installed.
+LIGHT = light="$(1)"; where="import sysconfig; print(sysconfig.get_path('purelib'))"; \
+	$(RUN) -m venv --clear "$$light"; $(RUN) -c "$$where" > "$$("$$light/bin/python" -c "$$where")/base.pth"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -61,15 +64,13 @@ test:
 	$(ENVIRONMENT) --extras test,data
 	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# gradio takes no Pillow from 13 on, and the other tests have 13. So these have a light environment, as those of
-# test-versions below, with the packages of three more extras and an older Pillow.
+# gradio takes no Pillow from 13 on, and the other tests have 13. So these have a light environment with the packages of
+# three more extras and an older Pillow.
 test-slow:
 	$(ENVIRONMENT) --extras test,data
-	@set -e; where="import sysconfig; print(sysconfig.get_path('purelib'))"; light="$(VENV)/slow"; \
+	@set -e; $(call LIGHT,$(VENV)/slow); \
 	extras="import configparser as c; f = c.ConfigParser(); f.read('setup.cfg'); e = f['options.extras_require']; \
 	print(e['app'], e['libraries'], e['serve'])"; \
-	$(RUN) -m venv --clear "$$light"; \
-	$(RUN) -c "$$where" > "$$("$$light/bin/python" -c "$$where")/base.pth"; \
 	$(RUN) -c "$$extras" > "$$light/wanted.txt"; \
 	grep -v "^pillow=" constraints.txt > "$$light/constraints.txt"; \
 	"$$light/bin/python" -m pip install --quiet --constraint "$$light/constraints.txt" -r "$$light/wanted.txt"; \
@@ -77,15 +78,13 @@ test-slow:
 
 test-all: test test-slow test-versions test-benchmarks test-vllm
 
-# Each version has a light environment inside ours, which it sees through a .pth file: only what differs is installed.
+# Each version has a light environment.
 test-versions:
 	$(ENVIRONMENT) --extras test,data
-	@set -e; where="import sysconfig; print(sysconfig.get_path('purelib'))"; \
-	for version in $(VERSIONS); do \
-		light="$(VENV)/versions/$$version"; wanted="transformers==$$version"; \
+	@set -e; for version in $(VERSIONS); do \
+		wanted="transformers==$$version"; \
 		if [ "$$version" = newest ]; then wanted="transformers<6"; fi; \
-		$(RUN) -m venv --clear "$$light"; \
-		$(RUN) -c "$$where" > "$$("$$light/bin/python" -c "$$where")/base.pth"; \
+		$(call LIGHT,$(VENV)/versions/$$version); \
 		"$$light/bin/python" -m pip install --quiet --upgrade "$$wanted"; \
 		"$$light/bin/python" -c "import transformers; print('$$version: transformers', transformers.__version__, flush=True)"; \
 		"$$light/bin/python" -m pytest tests/test_versions.py tests/test_generation.py tests/test_loading.py $(ARGS); \
@@ -95,9 +94,7 @@ test-versions:
 # environment, too, with what its picture tasks import.
 test-benchmarks:
 	$(ENVIRONMENT) --extras test,data
-	@set -e; where="import sysconfig; print(sysconfig.get_path('purelib'))"; light="$(VENV)/benchmarks"; \
-	$(RUN) -m venv --clear "$$light"; \
-	$(RUN) -c "$$where" > "$$("$$light/bin/python" -c "$$where")/base.pth"; \
+	@set -e; $(call LIGHT,$(VENV)/benchmarks); \
 	"$$light/bin/python" -m pip install --quiet --no-deps -r tests/benchmarks.txt; \
 	"$$light/bin/python" -m pytest -m "slow or not slow" tests/test_public_benchmarks.py $(ARGS)
 

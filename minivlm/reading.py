@@ -51,13 +51,8 @@ class Reading:
         """
         marker = self.tokenizer.convert_tokens_to_ids(self.marker)
         ends = {len(ids) - ids[::-1].index(marker) if marker in ids else 0 for ids in prompts}
-        begun, numbers, firsts, places = max(ends), {}, [], []
-        for i, (ids, item) in enumerate(zip(prompts, items)):
-            key = tuple(ids[:begun]), tuple(same_picture(image) for image in item["images"])
-            if key not in numbers:
-                numbers[key] = len(firsts)
-                firsts.append(i)
-            places.append(numbers[key])
+        begun, pictures = max(ends), [tuple(same_picture(image) for image in item["images"]) for item in items]
+        firsts, places = distinct([(tuple(ids[:begun]), seen) for ids, seen in zip(prompts, pictures)])
         follows = min(len(ids) for ids in prompts) - begun > 1  # the last token is read with the answers
         if len(ends) > 1 or len(firsts) == len(items) or not follows:
             begun, firsts, places = 0, list(range(len(items))), list(range(len(items)))
@@ -93,12 +88,10 @@ class Reading:
         """Return the features of the pictures in their order; None if there are none."""
         if not images:
             return None
-        unique = {same_picture(image): image for image in images}
-        numbers = {picture: i for i, picture in enumerate(unique)}
-        places = torch.tensor([numbers[same_picture(image)] for image in images])
-        pixels = processor.image_processor([decode_image(image) for image in unique.values()], return_tensors="pt")
+        firsts, places = distinct([same_picture(image) for image in images])
+        pixels = processor.image_processor([decode_image(images[i]) for i in firsts], return_tensors="pt")
         features = self.model.get_image_features(pixels["pixel_values"].to(self.model.device), return_dict=True)
-        return {"image": BaseModelOutputWithPooling(pooler_output=features.pooler_output[places])}
+        return {"image": BaseModelOutputWithPooling(pooler_output=features.pooler_output[torch.tensor(places)])}
 
     @torch.inference_mode()
     def scores(self, continuations: list[list[str]]) -> list[list[float]]:
@@ -146,6 +139,13 @@ class Reading:
             do_sample=False,
         )  # fmt: skip
         return self.tokenizer.batch_decode(output[:, self.ids.shape[1] :], skip_special_tokens=True)
+
+
+def distinct(keys: list) -> tuple[list[int], list[int]]:
+    """Return where each distinct key stands first, and for each key which of these is its own."""
+    numbers = {}
+    places = [numbers.setdefault(key, len(numbers)) for key in keys]
+    return [places.index(number) for number in numbers.values()], places
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:

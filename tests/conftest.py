@@ -6,7 +6,6 @@ from functools import partial
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the network tests the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two files of tests run side by side
 
-
 import pytest  # noqa: E402
 
 pytest.register_assert_rewrite("helpers")  # a failing assertion there shows its values, too
@@ -130,8 +129,8 @@ LONG = "readme training streaming to_web to_onnx publish_check uploads project".
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    names = [f"test_{name}" for name in LONG]
-    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 def pytest_deselected(items):

@@ -35,11 +35,10 @@ SHORTER = {
 }
 SHOWN = ("python -m minivlm ask ", "python -m minivlm\n")  # beginnings of commands whose output stands below them
 BLOCK = re.compile(r"```(\w*)\n(.*?)```\n?", re.S)
-# Options in the documents that are not options of training: of pip, pytest, and of other commands.
 SOURCES = [path for folder in ("minivlm", "tools") for path in (ROOT / folder).rglob("*.py")]
 OPTIONS = {option for path in SOURCES for option in re.findall(r'"(--[a-z]\w+)"', path.read_text(encoding="utf-8"))}
 OPTIONS |= {f"--{field.name}" for field in fields(TrainArgs)}
-# Of lm-eval and accelerate; the last two are how the pattern reads pip's --no-deps and --extra-index-url.
+# Of other programs, lm-eval and accelerate; the last two are how the pattern reads pip's --no-deps and --extra-index-url.
 OTHER_OPTIONS = {
     "--model_args",
     "--include_path",

@@ -324,4 +324,4 @@ def test_a_port_that_is_taken_is_one_line(server, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     *before, said = done.stderr.splitlines()  # torchao, if it is installed, complains of its own libraries
     assert done.returncode == 2 and said.startswith("error: ") and f"--port {port}" in said
-    assert not any("Traceback" in line for line in before)
+    assert not before or find_spec("torchao") and not any("Traceback" in line for line in before)

@@ -11,7 +11,7 @@ import sys
 import torch
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
-from minivlm.benchmark.measure import alternate, machine, summarise
+from minivlm.benchmark.measure import alternate, machine, milliseconds
 from minivlm.cli import Parser, run_command
 from minivlm.model.branch_attention import branch_attention
 
@@ -61,9 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     work = {name: lambda side=side: torch.autograd.grad(side(), inputs, up) for name, side in sides.items()}
     seconds = alternate(work, args.rounds)
     print(f"fp32, {B} rows of {T} tokens, {HEADS} heads. {machine()}")
-    for side in summarise(seconds, 1, "eager"):
-        times = sorted(1000 / side[name] for name in ("rate", "lowest", "highest"))
-        print(f"{side['side']}: {times[1]:.0f} ms ({times[0]:.0f} to {times[2]:.0f}), {side['ratio']:.2f} x as fast")
+    print("\n".join(milliseconds(seconds, "eager")))
 
 
 if __name__ == "__main__":

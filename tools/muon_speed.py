@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minivlm.benchmark.measure import alternate, machine, summarise
+from minivlm.benchmark.measure import alternate, machine, milliseconds
 from minivlm.benchmark.shapes import make_ours, read_shape
 from minivlm.cli import Parser, positive, run_command
 from minivlm.model.parts import BLOCK
@@ -47,9 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     sides["floor: as many FLOPs in large products, fp32"] = lambda: [square @ square for _ in range(count)]
     seconds = alternate(sides, args.rounds)
     print(f"{len(matrices)} matrices of {layers} blocks, {flops / 1e9:.1f} GFLOP a step. {machine()}")
-    for side in summarise(seconds, 1, next(iter(sides))):
-        times = sorted(1000 / side[name] for name in ("rate", "lowest", "highest"))
-        print(f"{side['side']}: {times[1]:.0f} ms ({times[0]:.0f} to {times[2]:.0f}), {side['ratio']:.2f} x as fast")
+    print("\n".join(milliseconds(seconds, next(iter(sides)))))
 
 
 if __name__ == "__main__":

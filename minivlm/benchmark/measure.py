@@ -49,6 +49,16 @@ def summarise(seconds: dict[str, list[float]], amount: float, base: str) -> list
     return rows
 
 
+def milliseconds(seconds: dict[str, list[float]], base: str) -> list[str]:
+    """Return a line for each side: its median, lowest and highest milliseconds, and the ratio to the side `base`."""
+    lines = []
+    for side in summarise(seconds, 1, base):
+        times = sorted(1000 / side[name] for name in ("rate", "lowest", "highest"))
+        ratio = f"{side['ratio']:.2f} x as fast"
+        lines.append(f"{side['side']}: {times[1]:.0f} ms ({times[0]:.0f} to {times[2]:.0f}), {ratio}")
+    return lines
+
+
 def machine() -> dict[str, str | int]:
     """Return what a figure depends on: processor, instructions for bf16, threads, versions, commit."""
     file = Path("/proc/cpuinfo")

@@ -21,7 +21,7 @@ from minivlm.benchmark.floors import training_floor
 from minivlm.benchmark.graphs import export_graphs
 from minivlm.benchmark.measure import alternate, machine, summarise
 from minivlm.benchmark.memory import peak_bytes
-from minivlm.benchmark.rows import draw_lengths, make_rows
+from minivlm.benchmark.rows import Rows, draw_lengths, make_rows
 from minivlm.benchmark.shapes import SHAPES, Shape, make_ours, read_shape
 from minivlm.benchmark.training import training_sides
 from minivlm.cli import Parser, positive
@@ -69,15 +69,21 @@ def show(title: str, unit: str, rows: list[dict]) -> dict:
     return {"title": title, "unit": unit, "sides": rows}
 
 
+def choose_rows(shape: Shape, args: Namespace) -> list[Rows]:
+    """Return the rows of each training step that is measured."""
+    return [
+        make_rows(shape, [args.tokens] * count if args.tokens else draw_lengths(shape, count)) for count in args.rows
+    ]
+
+
 def benchmark_training(shape: Shape, args: Namespace) -> list[dict]:
     """Time training steps of each number of rows; return the tables."""
     tables, dtype = [], getattr(torch, args.dtype)
-    for count in args.rows:
-        rows = make_rows(shape, [args.tokens] * count if args.tokens else draw_lengths(shape, count))
+    for rows in choose_rows(shape, args):
         sides = training_sides(shape, rows, dtype, args.minimind_v)
         sides["floor: the matrix products alone"] = training_floor(shape, rows, dtype)
         seconds = alternate(sides, args.rounds)
-        rates = summarise(seconds, count, next(iter(sides)))
+        rates = summarise(seconds, len(rows.samples), next(iter(sides)))
         table = show(f"training step, {rows.sizes}, {args.dtype}", "rows/s", rates)
         tables.append(table | {"seconds": seconds})
     return tables
@@ -85,14 +91,13 @@ def benchmark_training(shape: Shape, args: Namespace) -> list[dict]:
 
 def benchmark_memory(shape: Shape, args: Namespace) -> list[dict]:
     """Measure the most memory that a training step of each number of rows holds; return the tables."""
-    tables, dtype = [], getattr(torch, args.dtype)
-    for count in args.rows:
-        rows = make_rows(shape, [args.tokens] * count if args.tokens else draw_lengths(shape, count))
+    tables, dtype, weights = [], getattr(torch, args.dtype), 4 * make_ours(shape).num_parameters()
+    for rows in choose_rows(shape, args):
         peaks = {}
         for name, step in training_sides(shape, rows, dtype, args.minimind_v).items():
             step()  # compiles
             peaks[name] = peak_bytes(step)
-        base, weights = next(iter(peaks.values())), 4 * make_ours(shape).num_parameters()
+        base = next(iter(peaks.values()))
         title = f"memory of a training step beside {weights / 2**20:,.0f} MiB of weights, {rows.sizes}, {args.dtype}"
         say(f"\n**{title}**\n\n| side | MiB | ratio |\n|---|---|---|")
         for name, peak in peaks.items():
