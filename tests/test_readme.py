@@ -38,7 +38,7 @@ BLOCK = re.compile(r"```(\w*)\n(.*?)```\n?", re.S)
 SOURCES = [path for folder in ("minivlm", "tools") for path in (ROOT / folder).rglob("*.py")]
 OPTIONS = {option for path in SOURCES for option in re.findall(r'"(--[a-z]\w+)"', path.read_text(encoding="utf-8"))}
 OPTIONS |= {f"--{field.name}" for field in fields(TrainArgs)}
-# Of other programs, lm-eval and accelerate; the last two are how the pattern reads pip's --no-deps and --extra-index-url.
+# Of lm-eval and accelerate; the last two are how the pattern below reads pip's --no-deps and --extra-index-url.
 OTHER_OPTIONS = {
     "--model_args",
     "--include_path",
