@@ -1,6 +1,8 @@
 """`minivlm benchmark-formats`: every format is asked the same questions, and what is counted is what was answered."""
 
 import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from helpers.data import row, write
 from helpers.models import SIGLIP, save
 from minivlm.benchmark import formats
-from minivlm.benchmark.measure import machine
+from minivlm.benchmark.measure import clock, machine
+from minivlm.benchmark.remote import Server
 from minivlm.commands import benchmark_formats
 from minivlm.convert.formats import make_formats
+from minivlm.data.pictures import decode_image, from_data_url
 from minivlm.data.rows import load_rows
 from minivlm.hub.format_table import formats_table
 from minivlm.model.loading import load_trained
@@ -51,9 +55,8 @@ def speaker(processor, answers, took):
     return side
 
 
-def test_right_answers_same_answers_and_speed_are_counted(processor, monkeypatch):
+def test_right_answers_same_answers_and_speed_are_counted(processor):
     now, asked = [0.0], []
-    monkeypatch.setattr(formats, "clock", lambda: now[0])
     items = [{"task": task, "answer": answer, "box": None} for task, answer in
              (("name", "dog"), ("name", "cat"), ("caption", "a cat"))]  # fmt: skip
 
@@ -67,7 +70,7 @@ def test_right_answers_same_answers_and_speed_are_counted(processor, monkeypatch
     answers = {"transformers": ["dog", "bird", "a cat"], "other": ["dog", "cat", "a cat"]}
     sides = {"transformers": speaker(processor, answers["transformers"], slow("transformers", 0.5)),
              "other": speaker(processor, answers["other"], slow("other", 0.25))}  # fmt: skip
-    found = formats.measure(sides, items, processor)
+    found = formats.measure(sides, items, processor, lambda: now[0])
     assert [row["right"]["hits"] for row in found.values()] == [1, 2]
     assert [row["right"]["count"] for row in found.values()] == [2, 2], "captions are no right or wrong"
     assert [row["same"] for row in found.values()] == [3, 2]
@@ -120,7 +123,7 @@ def test_llama_cpp_is_given_its_files_marker_and_suppressed_tokens(model, rows, 
     ours.generation_config.suppress_tokens = [12]
     sides = formats.open_sides(ours, {"GGUF": model.made["GGUF"]}, [], threads=3)
     assert opened == [("GGUF", 3, "f16"), ("GGUF", 3, "q8_0")]
-    tokens, times = formats.ask(sides["GGUF, 16 bits"]["side"], formats.make_questions(rows, processor)[0])
+    tokens, times = formats.ask(sides["GGUF, 16 bits"]["side"], formats.make_questions(rows, processor)[0], clock)
     assert tokens == [5, 2] and len(times) == 2
     [(prompt, sizes, length, suppressed)] = read
     assert formats.MARKER + "\nWhat is it?" in prompt and sizes == [(32, 32)] and length == 64 and suppressed == [12]
@@ -146,3 +149,70 @@ def test_the_command_prints_the_table_and_writes_the_record(model, tmp_path, cap
     assert str(tmp_path) not in json.dumps(record) and str(model.source) not in json.dumps(record), (
         "paths of a machine"
     )
+
+
+def serve(answers):
+    """Return a server of OpenAI's kind that streams these answers, its URL, and the bodies it was sent."""
+    bodies, turn = [], iter(answers)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.reply(json.dumps({"data": [{"id": "tiny"}]}).encode())
+
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            said = next(turn)
+            if isinstance(said, int):
+                self.send_error(said)
+                return
+            deltas = [{"role": "assistant"}, *({"content": piece} for piece in said), {}]
+            events = [json.dumps({"choices": [{"delta": delta}]}) for delta in deltas] + ['{"choices": []}', "[DONE]"]
+            self.reply("".join(f"data: {event}\n\n" for event in events).encode())
+
+        def reply(self, content):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}/v1", bodies
+
+
+def test_a_server_is_asked_the_same_and_its_text_is_counted_in_tokens(model, rows, processor):
+    server, url, bodies = serve([["a ", "small", " dog"], ["狗"], 400])
+    questions = formats.make_questions(rows, processor)
+    with server:
+        side = formats.server_side(Server(url), processor)
+        tokens, times = formats.ask(side, questions[0], clock)
+        assert processor.tokenizer.decode(tokens, skip_special_tokens=True) == "a small dog"
+        assert tokens[-1] == processor.tokenizer.eos_token_id and len(times) == len(tokens) and times == sorted(times)
+        full = []
+        side(questions[2], len(processor.tokenizer("狗")["input_ids"]), full.append)
+        assert processor.tokenizer.decode(full) == "狗", "an answer that was cut has no end token"
+        with pytest.raises(ValueError, match="answers 400"):
+            side(questions[1], 6, full.append)
+        server.shutdown()
+    assert [body["max_tokens"] for body in bodies] == [64, len(full), 6]
+    assert all(body["model"] == "tiny" and body["temperature"] == 0 and body["stream"] for body in bodies)
+    picture, text = bodies[0]["messages"][-1]["content"]
+    assert text["text"].strip() == "What is it?"
+    assert from_data_url(picture["image_url"]["url"]) and "data:image/png" in picture["image_url"]["url"]
+    shown = decode_image(from_data_url(picture["image_url"]["url"]))
+    assert shown.tobytes() == questions[0]["pictures"][0].tobytes(), "the picture that the others are shown"
+
+
+@pytest.mark.parametrize("text", ["http://127.0.0.1:8000/v1", "=http://127.0.0.1/v1", "vLLM=127.0.0.1:8000"])
+def test_a_server_needs_a_name_and_a_url(text, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_formats.parse_args(["--server", text])
+    assert f"{text}: must be NAME=URL" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_named_before_any_work():
+    with pytest.raises(ValueError, match=r"^http://127\.0\.0\.1:9/v1: no server with a model"):
+        Server("http://127.0.0.1:9/v1")

@@ -1,11 +1,14 @@
 """Measure a model in its formats: size, right answers, answers like those of transformers, speed.
 
-Every format is asked each question in turn, one question at a time. So a change of the machine's speed reaches all.
+Every format, and every server, is asked each question in turn, one question at a time. So a change of the machine's
+speed reaches all.
 """
 
 import importlib.util
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tqdm.auto import tqdm
@@ -14,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from minivlm.benchmark.llama import MARKER, LlamaCpp
 from minivlm.benchmark.measure import clock
+from minivlm.benchmark.remote import Server, with_urls
 from minivlm.convert.formats import FILES, GRAPHS
 from minivlm.convert.quantize import DTYPES
 from minivlm.data.pictures import decode_image
@@ -81,6 +85,24 @@ def llama_side(folder: Path, outtype: str, threads: int, suppressed: list[int]) 
     return work
 
 
+def server_side(server: Server, processor: ProcessorMixin) -> Side:
+    """Return what asks a server, which makes the prompt and prepares the pictures itself.
+
+    A server sends text. Its tokens are counted anew, and the one that ends an answer is taken as sent with the end.
+    """
+
+    def work(question: dict, most: int, note: Callable[[int], None]) -> None:
+        count = 0
+        for piece in server.stream(question["messages"], most):
+            for token in processor.tokenizer(piece, add_special_tokens=False)["input_ids"]:
+                count += 1
+                note(token)
+        if count < most:
+            note(processor.tokenizer.eos_token_id)
+
+    return work
+
+
 def open_sides(
     model: MiniVLMForConditionalGeneration, made: dict[str, Path], weights: list[Path], threads: int
 ) -> dict[str, dict]:
@@ -110,20 +132,22 @@ def open_sides(
 
 
 def make_questions(rows: Rows, processor: ProcessorMixin) -> list[dict]:
-    """Return the items of `prompts`, each with its inputs as tensors in `torch`, its `pictures`, its prompt `marked`.
+    """Return the items of `prompts` with their inputs for each engine.
 
-    In `marked` the marker of llama.cpp stands where a picture is.
+    `torch` holds tensors. `pictures` are decoded, and in the prompt `marked` the marker of llama.cpp stands where one
+    is. `messages` are the turns as a server takes them.
     """
     questions = []
     for item in prompts(rows, processor):
         pictures = [decode_image(image) for image in item["images"]]
         inputs = processor(text=item["text"], images=pictures or None, return_tensors="pt")
         marked = item["text"].replace(processor.image_token, MARKER)
-        questions.append(item | {"torch": dict(inputs), "pictures": pictures, "marked": marked})
+        turns = with_urls(rows.sample(item["row"])["messages"][:-1], pictures)
+        questions.append(item | {"torch": dict(inputs), "pictures": pictures, "marked": marked, "messages": turns})
     return questions
 
 
-def ask(side: Side, question: dict) -> tuple[list[int], list[float]]:
+def ask(side: Side, question: dict, clock: Callable[[], float]) -> tuple[list[int], list[float]]:
     """Return the tokens of an answer, and the seconds from the question to each of them."""
     tokens, times, start = [], [], clock()
 
@@ -135,7 +159,9 @@ def ask(side: Side, question: dict) -> tuple[list[int], list[float]]:
     return tokens, times
 
 
-def measure(sides: dict[str, Side], questions: list[dict], processor: ProcessorMixin) -> dict[str, dict]:
+def measure(
+    sides: dict[str, Side], questions: list[dict], processor: ProcessorMixin, clock: Callable[[], float] = clock
+) -> dict[str, dict]:
     """Ask every side every question; return side -> `right`, `same`, `first_token`, `tokens_per_second`, `answers`.
 
     `right` is a cell of `scoring`, without captions. `same` counts answers like those of the first side.
@@ -144,10 +170,10 @@ def measure(sides: dict[str, Side], questions: list[dict], processor: ProcessorM
     """
     found = {name: {"texts": [], "first": [], "further": 0, "seconds": 0.0} for name in sides}
     for side in sides.values():
-        ask(side, questions[0])  # it allocates and fills caches, and does not count
+        ask(side, questions[0], clock)  # it allocates and fills caches, and does not count
     for question in tqdm(questions, desc="answering", unit="row", dynamic_ncols=True):
         for name, side in sides.items():
-            tokens, times = ask(side, question)
+            tokens, times = ask(side, question, clock)
             found[name]["texts"].append(processor.tokenizer.decode(tokens, skip_special_tokens=True))
             found[name]["first"].append(times[0])
             found[name]["further"] += len(times) - 1
@@ -168,18 +194,24 @@ def summarise(row: dict, questions: list[dict], reference: list[str]) -> dict:
     }
 
 
-def measure_formats(source: Path, made: dict[str, Path], rows: Rows, threads: int) -> list[dict]:
+def measure_formats(
+    source: Path, made: dict[str, Path], rows: Rows, threads: int, servers: dict[str, Server] = MappingProxyType({})
+) -> list[dict]:
     """Return a row for each format of the model in `source`: `format`, `bytes`, and what `measure` returns, or `why`.
 
     Args:
         made: of `make_formats`.
+        servers: name -> what to ask, too; the bytes of its weights are not known. They compute in processes of their
+            own, so with one all times are by the clock on the wall.
     """
     model, processor = load_trained(source)
     sides = open_sides(model, made, sorted(source.glob("*.safetensors")), threads)
+    sides |= {name: {"files": None, "side": server_side(server, processor)} for name, server in servers.items()}
     running = {name: row["side"] for name, row in sides.items() if "side" in row}
-    found = measure(running, make_questions(rows, processor), processor)
+    questions = make_questions(rows, processor)
+    found = measure(running, questions, processor, time.perf_counter if servers else clock)
     return [
-        {"format": name, "bytes": sum(path.stat().st_size for path in row["files"])}
+        {"format": name, "bytes": None if row["files"] is None else sum(path.stat().st_size for path in row["files"])}
         | (found[name] if name in found else {"why": row["why"]})
         for name, row in sides.items()
     ]

@@ -24,7 +24,8 @@ def formats_table(record: dict) -> str:
     """Return the table of a record: a row for each format, with size, right answers, speed."""
     lines = ["| format | MB | right | as transformers | first token | tokens/s |", "|---|---|---|---|---|---|"]
     for row in record["formats"]:
-        cells = [row["format"], f"{row['bytes'] / 1e6:.1f}", "not run", "", "", ""]
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+        cells = [row["format"], size, "not run", "", "", ""]
         if right := row.get("right"):
             cells[2:4] = [f"{right['match']:.1%} ({counts(right)})", f"{row['same']} of {record['rows']}"]
             cells[4:] = [f"{1000 * row['first_token']:.0f} ms", f"{row['tokens_per_second']:.0f}"]
@@ -41,13 +42,17 @@ def formats_notes(record: dict) -> str:
     """Return the lines below the table: what was measured, on which machine, and which formats are missing."""
     about = record["machine"]
     versions = [f"{name} {about[name]}" for name in PACKAGES if name in about]
-    threads = "one thread, times are the processor's" if about["threads"] == 1 else f"{about['threads']} threads"
+    servers, threads = record.get("servers"), f"{about['threads']} threads"
+    if about["threads"] == 1:
+        threads = "one thread" if servers else "one thread, times are the processor's"
     notes = [
         f"Greedy answers to the first {record['rows']} rows of `{record['data']}`, one at a time. Right: an exact "
         "match, or the place for `point` and `box`; captions are left out. As transformers: the same answer, captions "
         "included. First token: the mean. Tokens/s: those after the first one of an answer.",
         f"Measured on {about['processor']}, {threads}; {', '.join(versions)}; commit {about['commit']}.",
     ]
+    if servers:
+        notes.append(f"Asked over HTTP, with threads of their own: {', '.join(servers)}.")
     notes += [f"No {name}: {reason}" for name, reason in record["refused"].items()]
     notes += [f"{row['format']} was not run: {row['why']}" for row in record["formats"] if row.get("why")]
     return "\n\n".join(notes)
