@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from minivlm.training.checkpoints import State
 from minivlm.training.flops import PEAK, FlopCounter
+from minivlm.training.heap import TRIM_EVERY, trim_heap
 from minivlm.training.options import TrainArgs
 from minivlm.training.record import run_name
 
@@ -47,6 +48,8 @@ class Reporter:
     def step(self, epoch: int, totals: dict[str, int], metrics: dict[str, float]) -> None:
         """Count a step; write a line of the log every `log_every` steps and at the last one."""
         self.bar.update(1)
+        if self.accelerator.device.type == "cpu" and self.state.step % TRIM_EVERY == 0:
+            trim_heap()
         self.window["flops"] += self.flops(totals["tokens"], totals["pictures"], totals["answers"])
         self.window["padding"] += totals["padding"]
         if not (self.main and (self.state.step % self.args.log_every == 0 or self.state.step == self.max_steps)):
