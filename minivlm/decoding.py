@@ -1,5 +1,6 @@
 """Say how an answer is made, and hold one: what every engine shares. Standard library only."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,6 +38,36 @@ class Answer(NamedTuple):
     text: str
     tokens: int
     ended: bool = True
+
+
+class Pieces:
+    """Turn tokens into text as they come; joined, the pieces are the text of all tokens.
+
+    The whole answer is decoded after each token: with some tokenizers a blank is lost between tokens that are decoded
+    apart. A character waits until all its bytes are there.
+
+    Args:
+        decode: returns the text of tokens.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self.decode, self.ids, self.length = decode, [], 0
+
+    def add(self, ids: list[int]) -> str:
+        """Return the text that can be shown now that these tokens have come; it may be empty."""
+        self.ids += ids
+        text = self.decode(self.ids)
+        return "" if text.endswith("\ufffd") else self.new(text)
+
+    def rest(self) -> str:
+        """Return what still waits, at the end of the answer."""
+        return self.new(self.decode(self.ids))
+
+    def new(self, text: str) -> str:
+        """Return the part of a text that was not returned before."""
+        piece = text[self.length :]
+        self.length += len(piece)
+        return piece
 
 
 def check_room(room: int, tokens: int, new_tokens: int, option: str = "max_new_tokens") -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 from minivlm.constrained import FollowGrammar, vocabulary
 from minivlm.data.encoder import Encoder
 from minivlm.data.pictures import decode_image, pictures_in
-from minivlm.decoding import Answer, Decoding, check_room
+from minivlm.decoding import Answer, Decoding, Pieces, check_room
 
 
 class Assistant:
@@ -118,8 +118,7 @@ class Assistant:
 class AnswerStream(TextIteratorStreamer):
     """Compute an answer in a thread and yield its text piece by piece; joined, the pieces are that of `answer`.
 
-    The class of transformers decodes each line for itself, and with some tokenizers a blank is lost. So this one
-    decodes the whole answer after each token, and holds back a character until all its bytes are there.
+    The class of transformers decodes each line for itself; `Pieces` decodes the whole answer.
 
     Attributes:
         tokens: how many there are so far, the end token included.
@@ -129,6 +128,7 @@ class AnswerStream(TextIteratorStreamer):
     def __init__(self, assistant: Assistant, inputs: dict):
         super().__init__(assistant.tokenizer, skip_prompt=True)
         self.assistant, self.tokens, self.first, self.seconds = assistant, 0, None, None
+        self.pieces = Pieces(assistant.decode)
         self.stopped, self.error, self.start = Event(), None, perf_counter()
         self.thread = Thread(target=self._run, args=(inputs,), daemon=True)
         self.thread.start()
@@ -152,17 +152,14 @@ class AnswerStream(TextIteratorStreamer):
             self.next_tokens_are_prompt = False
             return
         self.first = self.first or perf_counter() - self.start
-        self.token_cache += value.flatten().tolist()
-        self.tokens = len(self.token_cache)
-        text = self.assistant.decode(self.token_cache)
-        if len(text) > self.print_len and not text.endswith("\ufffd"):
-            self.on_finalized_text(text[self.print_len :])
-            self.print_len = len(text)
+        if piece := self.pieces.add(value.flatten().tolist()):
+            self.on_finalized_text(piece)
+        self.tokens = len(self.pieces.ids)
 
     def end(self) -> None:
         """Pass on what is held back, and end the iteration."""
         self.seconds = perf_counter() - self.start
-        self.on_finalized_text(self.assistant.decode(self.token_cache)[self.print_len :], stream_end=True)
+        self.on_finalized_text(self.pieces.rest(), stream_end=True)
 
     def __next__(self) -> str:
         try:

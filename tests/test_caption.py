@@ -26,7 +26,7 @@ BAD = {"b/broken.jpg": b"no picture", "cut.png": png(0)[:150], "empty.webp": b""
 @pytest.fixture
 def caption(tiny, assistant, capsys, monkeypatch):
     """Return a function: `caption(*arguments)` runs the command with a model loaded once and returns its report."""
-    monkeypatch.setattr("minivlm.commands.caption.load_assistant", lambda args: assistant)
+    monkeypatch.setattr("minivlm.commands.caption.open_engine", lambda args: assistant)
 
     def run(*arguments, code=0):
         assert main(["caption", *map(str, arguments), "--max_new_tokens", "6"]) == code

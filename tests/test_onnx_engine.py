@@ -1,4 +1,4 @@
-"""`minivlm ask --engine onnx`: the answers of the model itself, without torch and transformers."""
+"""`--engine onnx` of ask, chat and caption: the answers of the model itself, without torch and transformers."""
 
 import io
 import json
@@ -159,9 +159,9 @@ def test_prompts_are_those_of_the_processor(messages, engine, ours):
 
 def test_a_conversation_that_the_template_refuses_is_a_mistake(engine):
     with pytest.raises(ValueError, match="The chat template refuses the conversation: Unknown role 'cat'"):
-        engine.answer([{"role": "cat", "content": "Miau"}])
+        engine.encode([{"role": "cat", "content": "Miau"}])
     with pytest.raises(ValueError, match="not a picture: str"):
-        engine.answer([{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}])
+        engine.encode([{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}])
 
 
 PROCESSORS = {
@@ -202,17 +202,66 @@ def test_processors_with_other_rules_are_refused(picture):
 
 
 def test_an_answer_ends_with_the_end_token_or_at_the_limit(copy, ours, files):
-    question = [question_about([open(files[0], "rb").read()], "What?")]
-    tokens = Graphs(copy).generate(OnnxAssistant(copy).encode(question), 6)[0][0].tolist()
+    question = OnnxAssistant(copy).encode([question_about([open(files[0], "rb").read()], "What?")])
+    tokens = Graphs(copy).generate(question, 6)[0][0].tolist()
     place = next(i for i in range(1, 6) if tokens[i] not in tokens[:i])
     update(copy / "generation_config.json", eos_token_id=[6399, tokens[place]])
     engine = OnnxAssistant(copy)
-    answer = engine.answer(question, Decoding(6))
-    assert answer == (ours.decode(tokens[: place + 1]), place + 1, True)
+    assert engine.answer([question], Decoding(6)) == [(ours.decode(tokens[: place + 1]), place + 1, True)]
     for limit in (1, place):
-        assert engine.answer(question, Decoding(limit)) == (ours.decode(tokens[:limit]), limit, False)
+        assert engine.answer([question], Decoding(limit)) == [(ours.decode(tokens[:limit]), limit, False)]
     with pytest.raises(ValueError, match="the answer may have 512, but the model reads 512.*smaller max_new_tokens"):
-        engine.answer(question, Decoding(512))
+        engine.answer([question], Decoding(512))
+
+
+def test_streamed_answers_are_those_that_are_not_streamed(engine, files):
+    asked = [question_about([open(name, "rb").read()], "What?") for name in files]
+    encoded = [engine.encode([question]) for question in asked]
+    whole = engine.answer(encoded, Decoding(12))
+    assert len({answer.text for answer in whole}) == 2
+    for chat, answer in zip(encoded, whole):
+        stream = engine.stream(chat, Decoding(12))
+        pieces = list(stream)
+        assert "".join(pieces) == answer.text and len(pieces) > 1 and all(pieces)
+        assert stream.tokens == answer.tokens and 0 < stream.first < stream.seconds
+    with pytest.raises(ValueError, match="the answer may have 512"):
+        engine.stream(encoded[0], Decoding(512))
+
+
+def test_a_chat_remembers_earlier_turns_and_goes_on_after_ctrl_c(folder, engine, files, capsys, monkeypatch):
+    first = question_about([open(files[0], "rb").read()], "What?")
+    [said] = engine.answer([engine.encode([first])], Decoding(8))
+    turn = {"role": "assistant", "content": [{"type": "text", "text": said.text}]}
+    again = [first, turn, question_about([], "Really?")]
+    [second] = engine.answer([engine.encode(again)], Decoding(8))
+    command = ["chat", files[0], "--engine", "onnx", "--model", str(folder), "--max_new_tokens", "8"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What?\nReally?\n")))
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    answers = [f"{answer.text}\n[8 tokens, " for answer in (said, second)]
+    assert said.text != second.text and [out.count(text) for text in answers] == [1, 1]
+
+    step, count = Graphs.step, iter(range(100))
+
+    def interrupted(self, *inputs):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return step(self, *inputs)
+
+    monkeypatch.setattr(Graphs, "step", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What?\nReally?\n")))
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "\n[3 tokens, " in out and "\n[8 tokens, " in out, "the next question is answered"
+
+
+def test_a_folder_is_described(folder, engine, files, tmp_path, capsys):
+    pictures = [question_about([open(name, "rb").read()], "What?") for name in files]
+    expected = [answer.text for answer in engine.answer([engine.encode([p]) for p in pictures], Decoding(8))]
+    command = ["caption", str(tmp_path), "--engine", "onnx", "--model", str(folder), "--max_new_tokens", "8"]
+    assert main([*command, "--question", "What?", "--out", str(tmp_path / "out.jsonl")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["answer"] for line in lines] == expected and "2 pictures" in capsys.readouterr().out
 
 
 class Watched:
@@ -235,7 +284,7 @@ def test_each_token_is_computed_once_and_the_cache_is_not_copied(engine, monkeyp
     watched = Watched(engine.graphs.decoder)
     monkeypatch.setattr(engine.graphs, "decoder", watched)
     prompt = len(engine.prompt.tokens(SAID[0]))
-    engine.answer(SAID[0], Decoding(4))
+    engine.answer([engine.encode(SAID[0])], Decoding(4))
     assert [step["inputs_embeds"].shape()[1] for step in watched.given] == [prompt, 1, 1, 1]
     for given, (_, *returned) in zip(watched.given[1:], watched.returned):
         cache = [value for name, value in given.items() if name.startswith("past_key_values.")]
@@ -245,7 +294,8 @@ def test_each_token_is_computed_once_and_the_cache_is_not_copied(engine, monkeyp
 def test_pictures_and_image_tokens_must_agree(copy):
     update(copy / "config.json", image_seq_length=5)
     with pytest.raises(ValueError, match="The prompt has 5 image tokens, but 1 pictures fill 4 each"):
-        OnnxAssistant(copy).answer([question_about([png()], "What?")])
+        engine = OnnxAssistant(copy)
+        engine.answer([engine.encode([question_about([png()], "What?")])])
 
 
 def test_the_page_s_folder_and_its_small_weights_answer(copy, tmp_path, files, capsys):

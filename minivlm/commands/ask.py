@@ -17,28 +17,24 @@ answer looks, not that it is right. It needs a package: pip install minivlm[sche
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 from minivlm.asking import (
     STDIN,
+    add_engine_option,
     add_model_options,
     add_sampling_options,
+    check_engine,
     decode_named,
     decoding_of,
-    load_assistant,
+    open_engine,
     question_about,
     read_picture,
 )
 from minivlm.cli import Parser
-from minivlm.decoding import Answer, Decoding
 from minivlm.json_schema import check_package, compile_schema, read_schema
-from minivlm.onnx_engine.files import find_graphs, has_graphs
-from minivlm.resources import default_model
-
-ENGINES = ("torch", "onnx")
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -53,10 +49,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add_sampling_options(parser)
     parser.add_argument("--schema", metavar="FILE", help="Answer in JSON that fits the JSON Schema in this file.")
     parser.add_argument("--json", action="store_true", help="Print a JSON object instead of the answer alone.")
-    parser.add_argument(
-        "--engine", choices=ENGINES, default="torch",
-        help="torch: the model itself. onnx: exported graphs, which start faster. Default: torch.",
-    )  # fmt: skip
+    add_engine_option(parser)
     args = parser.parse_mixed_args(argv)
     *args.pictures, args.question = args.words
     if args.question == STDIN or (len(args.question) < 256 and Path(args.question).is_file()):
@@ -64,28 +57,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     if args.pictures.count(STDIN) > 1:
         raise ValueError("- stands twice, but standard input has one picture. Give the others as files.")
     return args
-
-
-def check_engine(args: Namespace) -> None:
-    """Raise ValueError for an option that the engine does not have, or a folder that is for the other engine."""
-    if args.engine == "torch":
-        if args.model and has_graphs(Path(args.model)) and not any(Path(args.model).glob("*.safetensors")):
-            raise ValueError(f"--model {args.model} holds ONNX graphs and no weights. Add --engine onnx.")
-        return
-    if args.schema:
-        raise ValueError("--engine onnx does not have --schema. Use --engine torch.")
-    if args.device not in (None, "cpu"):
-        raise ValueError(f"--engine onnx computes on the CPU, not on --device {args.device}. Use --engine torch.")
-
-
-def load(args: Namespace) -> Callable[[list[dict], Decoding], Answer]:
-    """Load the model by the engine that the options name; return what answers a conversation."""
-    if args.engine == "onnx":
-        from minivlm.onnx_engine.assistant import OnnxAssistant
-
-        return OnnxAssistant(find_graphs(args.model or default_model()), args.seed).answer
-    assistant = load_assistant(args)
-    return lambda messages, decoding: assistant.answer([assistant.encode(messages)], decoding)[0]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,9 +72,9 @@ def main(argv: list[str] | None = None) -> None:
         check_package("--schema")
         decoding = replace(decoding, grammar=compile_schema(read_schema(args.schema), args.schema))
     pictures = [decode_named(name, read_picture(name)) for name in args.pictures]  # before the model: it loads longer
-    answer_to = load(args)
+    assistant = open_engine(args)
     start = perf_counter()
-    answer = answer_to([question_about(pictures, args.question)], decoding)
+    [answer] = assistant.answer([assistant.encode([question_about(pictures, args.question)])], decoding)
     if args.schema and not answer.ended:
         raise ValueError(
             f"The answer was cut after {answer.tokens} tokens, before its JSON ended. Raise --max_new_tokens "

@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from minivlm.asking import add_model_options, decode_named, load_assistant, question_about
+from minivlm.asking import (
+    add_engine_option,
+    add_model_options,
+    check_engine,
+    decode_named,
+    open_engine,
+    question_about,
+)
 from minivlm.cli import Parser, positive
 from minivlm.data.pictures import PICTURE_SUFFIXES
 from minivlm.data.schemas import CAPTION_REQUEST
@@ -31,6 +38,7 @@ from minivlm.decoding import Decoding
 
 if TYPE_CHECKING:
     from minivlm.inference import Assistant
+    from minivlm.onnx_engine.assistant import OnnxAssistant
 
 COLUMNS = ("file_name", "question", "answer")
 CAPTION = ("file_name", "text")  # of metadata.jsonl with the usual question, as `datasets` reads it, too
@@ -130,7 +138,9 @@ def find_pictures(folder: Path) -> list[str]:
     raise ValueError(f"{folder}: no pictures in it. Their names end in {', '.join(sorted(suffixes))}.")
 
 
-def encode_pictures(assistant: "Assistant", args: Namespace, names: list[str], bad: list[str]) -> Iterator[tuple]:
+def encode_pictures(
+    assistant: "Assistant | OnnxAssistant", args: Namespace, names: list[str], bad: list[str]
+) -> Iterator[tuple]:
     """Yield name and encoded question of each picture that can be read; append a line to `bad` for each other one."""
     for name in names:
         try:
@@ -169,17 +179,19 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--question", default=CAPTION_REQUEST, help=f"What to ask. Default: {CAPTION_REQUEST}")
     parser.add_argument("--batch_size", type=positive, default=16, help="Pictures answered at once. Default: 16.")
     add_model_options(parser, max_new_tokens=128)
+    add_engine_option(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Describe the pictures that the file lacks; print how many there are, and which could not be read."""
     args = parse_args(argv)
+    check_engine(args)
     names, decoding = find_pictures(args.folder), Decoding(args.max_new_tokens)
     out = open_output(args)
     waiting, bad, answered = [name for name in names if name not in out.done], [], 0
     if waiting:
-        assistant = load_assistant(args)
+        assistant = open_engine(args)
         encoded = encode_pictures(assistant, args, waiting, bad)
         with tqdm(total=len(names), initial=len(names) - len(waiting), unit="picture") as bar:
             while batch := list(islice(encoded, args.batch_size)):

@@ -3,6 +3,7 @@
     minivlm chat
     minivlm chat photo.jpg
     minivlm chat photo.jpg --lang zh --temperature 0.7 --top_p 0.9
+    minivlm chat photo.jpg --engine onnx --model runs/onnx
 
     /image FILE   show a picture; the next question is about it
     /reset        forget pictures, questions and answers
@@ -25,11 +26,13 @@ from PIL import Image
 
 from minivlm.asking import (
     STDIN,
+    add_engine_option,
     add_model_options,
     add_sampling_options,
+    check_engine,
     decode_named,
     decoding_of,
-    load_assistant,
+    open_engine,
     question_about,
     read_picture,
 )
@@ -40,6 +43,7 @@ from minivlm.terminal import line_reader, show_picture
 
 if TYPE_CHECKING:
     from minivlm.inference import Assistant
+    from minivlm.onnx_engine.assistant import OnnxAssistant
 
 SENTENCES = {
     "en": {
@@ -100,7 +104,7 @@ def data_url(picture: bytes) -> str:
 class Chat:
     """Hold a conversation: its messages, the pictures that wait for a question, and the language of its lines."""
 
-    def __init__(self, assistant: "Assistant", decoding: Decoding, language: str):
+    def __init__(self, assistant: "Assistant | OnnxAssistant", decoding: Decoding, language: str):
         self.assistant, self.decoding, self.language = assistant, decoding, language
         self.messages: list[dict] = []
         self.waiting: list[bytes] = []
@@ -192,6 +196,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="Files that the first question is about.")
     add_model_options(parser, max_new_tokens=256)
     add_sampling_options(parser)
+    add_engine_option(parser)
     parser.add_argument("--lang", choices=SENTENCES, default="en", help="Language of the interface. Default: en.")
     return parser.parse_mixed_args(argv)
 
@@ -199,11 +204,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Read lines and answer them until /quit or the end of the input."""
     args = parse_args(argv)
+    check_engine(args)
     decoding = decoding_of(args)
     pictures = [(name, read_file(name)) for name in args.pictures]
     for name, data in pictures:  # before the model: it loads longer
         decode_named(name, data)
-    chat = Chat(load_assistant(args), decoding, args.lang)
+    chat = Chat(open_engine(args), decoding, args.lang)
     for name, data in pictures:
         chat.show(name, data)
     read = line_reader()

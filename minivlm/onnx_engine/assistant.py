@@ -1,12 +1,14 @@
 """Answer conversations about pictures with the graphs of a folder."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
 from minivlm.data.pictures import decode_image, pictures_in
-from minivlm.decoding import Answer, Decoding, check_room
+from minivlm.decoding import Answer, Decoding, Pieces, check_room
 from minivlm.onnx_engine.files import read_json
 from minivlm.onnx_engine.graphs import Graphs, likeliest
 from minivlm.onnx_engine.pixels import Pixels
@@ -14,7 +16,7 @@ from minivlm.onnx_engine.prompt import Prompt
 
 
 class OnnxAssistant:
-    """Answer one conversation at a time, as `Assistant` in `minivlm/inference.py` does with the model itself.
+    """Answer conversations one after another, as `Assistant` in `minivlm/inference.py` does with the model itself.
 
     Args:
         folder: of graphs, as `find_graphs` returns it.
@@ -48,17 +50,59 @@ class OnnxAssistant:
         encoded = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         return encoded | ({"pixel_values": self.pixels([decode_image(image) for image in images])} if images else {})
 
-    def answer(self, messages: list[dict], decoding: Decoding = Decoding()) -> Answer:
-        """Return the answer to a conversation.
+    def answer(self, encoded: list[dict], decoding: Decoding = Decoding()) -> list[Answer]:
+        """Return the answers to conversations that `encode` returned.
 
         Raises:
-            ValueError: as for `encode`, or conversation and answer may be longer than what the model reads.
+            ValueError: conversation and answer may be longer than what the model reads.
         """
-        encoded = self.encode(messages)
+        answers = []
+        for chat in encoded:
+            ids = list(self.ids(chat, decoding))
+            answers.append(Answer(self.prompt.decode(ids), len(ids), ids[-1] in self.graphs.ends))
+        return answers
+
+    def stream(self, encoded: dict, decoding: Decoding = Decoding()) -> "OnnxStream":
+        """Start the answer to one conversation that `encode` returned; iterate over the result for its pieces."""
+        return OnnxStream(self, self.ids(encoded, decoding))
+
+    def ids(self, encoded: dict, decoding: Decoding) -> Iterator[int]:
+        """Return the tokens of an answer, each computed when it is asked for; raise at once what `answer` raises."""
         check_room(self.room, encoded["input_ids"].shape[1], decoding.max_new_tokens)
         choose = likeliest if not decoding.temperature else partial(draw, decoding=decoding, rng=self.rng)
-        ids = self.graphs.generate(encoded, decoding.max_new_tokens, choose)[0][0].tolist()
-        return Answer(self.prompt.decode(ids), len(ids), ids[-1] in self.graphs.ends)
+        return (int(token[0]) for token, _ in self.graphs.stream(encoded, decoding.max_new_tokens, choose))
+
+
+class OnnxStream:
+    """Yield the text of an answer piece by piece, each computed when it is asked for.
+
+    Attributes:
+        tokens, first, seconds: as those of `AnswerStream`.
+    """
+
+    def __init__(self, assistant: OnnxAssistant, ids: Iterator[int]):
+        self.tokens, self.first, self.seconds, self.start = 0, None, None, perf_counter()
+        self.texts = self._run(assistant, ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.texts
+
+    def _run(self, assistant: OnnxAssistant, ids: Iterator[int]) -> Iterator[str]:
+        pieces = Pieces(assistant.prompt.decode)
+        try:
+            for token in ids:
+                self.first = self.first or perf_counter() - self.start
+                self.tokens += 1
+                if piece := pieces.add([token]):
+                    yield piece
+            if piece := pieces.rest():
+                yield piece
+        finally:
+            self.seconds = perf_counter() - self.start
+
+    def stop(self) -> None:
+        """End the answer."""
+        self.texts.close()
 
 
 def draw(scores: np.ndarray, decoding: Decoding, rng: np.random.Generator) -> np.ndarray:
