@@ -6,73 +6,66 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 
 from helpers.data import row, write
 from helpers.models import ROOT
+from helpers.processes import Run, finish
+from helpers.serving import wait
 from helpers.training import TINY, losses, run
 from minivlm.training.checkpoints import STOPPED, newest_checkpoint
 
+SCRIPT = ROOT / "train_accelerate.py"
 STEPS = 6
 KEPT = ("loss", "grad_norm", "row_checksum", "lr")
 
 
-def command(data, folder, ranks, *options):
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+def command(data, folder, *options):
+    """Return the arguments of a run of `STEPS` steps with a checkpoint at every second one."""
     base = ["--data", data, "--output_dir", str(folder), "--batch_size", "4", "--augment", "mild"]
-    base += ["--max_steps", str(STEPS), "--save_every", "2"]
-    return [*launch, str(ROOT / "train_accelerate.py"), *TINY, *base, *options]
+    return [*TINY, *base, "--max_steps", str(STEPS), "--save_every", "2", *options]
 
 
-def environment():
-    """One thread in every process, or sums differ in their last bits; where MKL is told a number, torch obeys that."""
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return os.environ | threads | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+def start(data, folder, *options, ranks=None, file_size=None):
+    return Run(SCRIPT, command(data, folder, *options), folder.with_suffix(".txt"), ranks, file_size)
+
+
+def train(data, folder, *options, ranks=None):
+    return finish(SCRIPT, command(data, folder, *options), folder.with_suffix(".txt"), ranks)
 
 
 def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def wait_for(path, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"no {path}"
-        time.sleep(0.01)
+def wait_for(path, running):
+    """Wait for a file; fail if a rank ends before it is there."""
+
+    def there():
+        assert all(process.is_alive() for process in running.processes), running.text
+        return path.exists()
+
+    wait(there)
 
 
 def kill_and_resume(data, folder, ranks, options):
     """Kill -9 the whole run once it has a checkpoint, then run it again."""
-    process = subprocess.Popen(
-        command(data, folder, ranks, *options),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    wait_for(folder / "checkpoint-0000002" / "COMPLETE", process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    out = subprocess.run(
-        command(data, folder, ranks, *options), env=environment(), check=True, capture_output=True, text=True
-    ).stdout
-    assert "continuing from" in out
+    running = start(data, folder, *options, ranks=ranks)
+    wait_for(folder / "checkpoint-0000002" / "COMPLETE", running)
+    running.kill()
+    assert "continuing from" in train(data, folder, *options, ranks=ranks)
     return log(folder)
 
 
 MATRIX = [
     pytest.param(ranks, workers, streaming, packing, marks=[] if quick else pytest.mark.slow)
     for ranks, workers, streaming, packing, quick in (
-        (1, 0, False, False, False),
-        (1, 2, False, True, True),
-        (1, 0, True, True, False),
-        (1, 2, True, False, False),
+        (None, 0, False, False, False),
+        (None, 2, False, True, True),
+        (None, 0, True, True, False),
+        (None, 2, True, False, False),
         (2, 0, False, True, False),
         (2, 2, False, False, False),
         (2, 0, True, False, False),
@@ -88,9 +81,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path, ranks, workers, streaming, packi
     options = ["--workers", str(workers), "--streaming", str(streaming)]
     if packing:
         options += ["--packing", "true", "--pack_tokens", "128", "--max_length", "128"]
-    subprocess.run(
-        command(data, tmp_path / "whole", ranks, *options), env=environment(), check=True, capture_output=True
-    )
+    train(data, tmp_path / "whole", *options, ranks=ranks)
     whole, resumed = log(tmp_path / "whole"), kill_and_resume(data, tmp_path / "killed", ranks, options)
     assert [entry["step"] for entry in resumed] == list(range(1, STEPS + 1))
     for one, other in zip(whole, resumed):
@@ -99,17 +90,10 @@ def test_a_killed_run_goes_on_exactly(tmp_path, ranks, workers, streaming, packi
 
 
 def test_a_stopped_run_saves_says_so_and_goes_on(data, tmp_path):
-    process = subprocess.Popen(
-        command(data, tmp_path / "run", 1, "--save_every", "1000", "--max_steps", "100000"),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_for(tmp_path / "run" / "log.jsonl", process)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == STOPPED and "stopped by SIGTERM at step" in out
+    running = start(data, tmp_path / "run", "--save_every", "1000", "--max_steps", "100000")
+    wait_for(tmp_path / "run" / "log.jsonl", running)
+    os.kill(running.processes[0].pid, signal.SIGTERM)
+    assert running.wait() == [STOPPED] and "stopped by SIGTERM at step" in running.text
     last = log(tmp_path / "run")[-1]["step"]
     assert newest_checkpoint(tmp_path / "run").name == f"checkpoint-{last:07d}"
 
@@ -136,30 +120,24 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, capsys, 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit of file sizes here")
 def test_files_that_cannot_be_written_are_reported(data, tmp_path):
     """The system itself refuses to write more than 100 kB into a file: checkpoints first, then the finished model."""
-    import resource
-
-    process = subprocess.run(
-        command(data, tmp_path / "run", 1),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
-    assert process.stdout.count("warning: no checkpoint at step") == 2 and process.returncode == 2
-    assert "The finished model could not be written" in process.stderr and "Make room" in process.stderr
+    running = start(data, tmp_path / "run", file_size=100_000)
+    assert running.wait() == [2] and running.text.count("warning: no checkpoint at step") == 2
+    assert "The finished model could not be written" in running.text and "Make room" in running.text
     assert not list((tmp_path / "run").glob("checkpoint-*")) and len(log(tmp_path / "run")) == STEPS
 
 
 def test_ranks_stop_together(data, tmp_path):
-    """One rank gets the signal; all of them save and end."""
+    """One rank gets the signal; all of them save and end, and torchrun passes their exit code on."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPT)]
+    options = ["--save_every", "1000", "--max_steps", "100000", "--workers", "0"]
     process = subprocess.Popen(
-        command(data, tmp_path / "run", 2, "--save_every", "1000", "--max_steps", "100000", "--workers", "0"),
-        env=environment(),
+        [*launch, *command(data, tmp_path / "run", *options)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    wait_for(tmp_path / "run" / "log.jsonl", process)
+    wait(lambda: (tmp_path / "run" / "log.jsonl").exists() or process.poll() is not None)
     ranks = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
     ranks[0].send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=60)
@@ -183,11 +161,7 @@ def test_other_options_do_not_go_on_from_a_checkpoint(data, tmp_path):
 def test_the_number_of_ranks_can_change(data, tmp_path):
     options = ("--workers", "0", "--max_steps", "6")
     run(data, tmp_path / "one", "--batch_size", "4", "--augment", "mild", "--max_steps", "6")
-    first = command(data, tmp_path / "changed", 1, *options)
-    subprocess.run(first, env=environment(), check=True, capture_output=True)  # leaves the checkpoint of step 4
-    second = subprocess.run(
-        command(data, tmp_path / "changed", 2, *options), env=environment(), check=True, capture_output=True, text=True
-    )
-    assert "1 -> 2 process(es)" in second.stdout
+    train(data, tmp_path / "changed", *options)  # leaves the checkpoint of step 4
+    assert "1 -> 2 process(es)" in train(data, tmp_path / "changed", *options, ranks=2)
     assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     assert [e["row_checksum"] for e in log(tmp_path / "changed")] == [e["row_checksum"] for e in log(tmp_path / "one")]

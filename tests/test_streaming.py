@@ -1,10 +1,7 @@
 """Streamed data: every schema trains; a batch depends on seed and step alone, not on ranks, workers or restarts."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from itertools import islice
 
 import pytest
@@ -14,6 +11,7 @@ import train_accelerate
 from helpers.data import ENCODER, row, write
 from helpers.models import ROOT
 from helpers.pictures import noise, resident, saved
+from helpers.processes import finish
 from helpers.sources import each_schema, make_cauldron, make_llava, make_trl, make_webdataset, run
 from helpers.training import TINY, losses
 from minivlm.data.collators import PackingCollator, PaddingCollator
@@ -187,10 +185,7 @@ def test_two_ranks_train_on_a_mix_of_schemas_with_text_alone(mode, tmp_path):
     """Without hanging where one rank's rows have no picture, and with the losses of one process."""
     data = [make(tmp_path)[0] for make in (make_llava, make_cauldron, make_trl, make_webdataset)]
     options = [*TINY, "--data", *data, *mode, "--batch_size", "2", "--micro_batch_size", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [str(ROOT / "train_accelerate.py"), *options, "--output_dir", str(tmp_path / "two")]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    arguments = [*options, "--output_dir", str(tmp_path / "two")]
+    finish(ROOT / "train_accelerate.py", arguments, tmp_path / "out.txt", ranks=2)
     run(tmp_path / "one", *options)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
