@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.util import find_spec
 from urllib.request import urlopen
 
@@ -23,7 +22,7 @@ from PIL import Image
 
 from helpers.models import ROOT
 from helpers.server import chat
-from helpers.serving import PATIENCE, free_port, save_endless, wait
+from helpers.serving import NAME, PATIENCE, save_endless, serving
 from minivlm.asking import question_about
 from minivlm.inference import Assistant, Decoding
 from minivlm.json_schema import compile_schema
@@ -35,27 +34,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 KEY = "0123456789abcdef"
-NAME, QUESTION = "toy", "What is this? Answer with the name."
-
-
-@contextmanager
-def serving(folder, model, *options, **variables):
-    """Start the server; yield its address and process. Its output is in the file `log`."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables
-    environment |= {"no_proxy": "127.0.0.1,localhost", "HF_HOME": str(folder / "no cache of the Hub")}
-    port = free_port()
-    command = [sys.executable, "-m", "minivlm", "serve", str(model), "--port", str(port), "--device", "cpu"]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, "--name", NAME, *options], env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT
-        )  # fmt: skip
-        try:
-            wait(lambda: "startup complete" in (folder / "log").read_text() or server.poll() is not None)
-            assert server.poll() is None, (folder / "log").read_text()
-            yield f"http://127.0.0.1:{port}", server
-        finally:
-            server.terminate()
-            server.wait(60)
+QUESTION = "What is this? Answer with the name."
 
 
 @pytest.fixture(scope="module")
