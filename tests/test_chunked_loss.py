@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from helpers.training import losses, run
+from helpers.processes import finish
+from helpers.training import TINY, losses, run
 from minivlm.benchmark.memory import peak_bytes
 from minivlm.data.encoder import IGNORE
 from minivlm.training import chunked_loss
@@ -81,3 +82,23 @@ def test_training_takes_the_same_course(options, data, tmp_path, monkeypatch):
         run(data, folder := tmp_path / str(largest), "--max_steps", "4", *options.split())
         found.append(losses(folder))
     assert found[1] == pytest.approx(found[0], abs=1e-4) and found[0] != found[1]
+
+
+SCRIPT = """
+import sys
+import train_accelerate
+from minivlm.training import chunked_loss
+chunked_loss.LARGEST = 1000
+train_accelerate.main(sys.argv[1:])
+"""
+
+
+def test_two_ranks_take_the_course_of_one_process(data, tmp_path):
+    """DDP adds up gradients of the head by hooks, which must hold for one that several chunks have added to."""
+    options = ["--max_steps", "3", "--micro_batch_size", "2"]
+    run(data, tmp_path / "whole", *options)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    arguments = [*TINY, "--data", data, "--output_dir", tmp_path / "two", "--batch_size", "8", *options]
+    finish(tmp_path / "script.py", arguments, tmp_path / "out.txt", ranks=2)
+    for figure in ("loss", "grad_norm"):
+        assert losses(tmp_path / "two", figure) == pytest.approx(losses(tmp_path / "whole", figure), abs=1e-4)
