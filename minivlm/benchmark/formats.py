@@ -8,7 +8,6 @@ import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from tqdm.auto import tqdm
@@ -195,7 +194,7 @@ def summarise(row: dict, questions: list[dict], reference: list[str]) -> dict:
 
 
 def measure_formats(
-    source: Path, made: dict[str, Path], rows: Rows, threads: int, servers: dict[str, Server] = MappingProxyType({})
+    source: Path, made: dict[str, Path], rows: Rows, threads: int, servers: dict[str, Server]
 ) -> list[dict]:
     """Return a row for each format of the model in `source`: `format`, `bytes`, and what `measure` returns, or `why`.
 
