@@ -31,7 +31,7 @@ EXTRAS = $(RUN) -c "import configparser as c, sys; f = c.ConfigParser(); f.read(
 
 help:
 	@echo "make demo       train a small model on the embedded data and show its answers (about 6 minutes on two cores)"
-	@echo "make release-weights  train weights like the released ones, from the embedded data (about 6 hours; it can be interrupted)"
+	@echo "make release-weights  train weights like the released ones, from the embedded data (about 8 hours; it can be interrupted)"
 	@echo "make test       run the tests, style included, but not those marked slow (for pytest: ARGS='-k packing')"
 	@echo "make test-slow  run the tests marked slow; they take minutes, and some need the network"
 	@echo "make test-versions  run the model's tests on the oldest and the newest transformers (VERSIONS='$(VERSIONS)')"
