@@ -10,7 +10,7 @@ ABOUT_SCENES = ("choice", "exists")  # more would take time that the demo does n
 class DemoComposer(Composer):
     """Compose pictures of one thing, with all questions, and scenes, with those that compare names with a picture."""
 
-    singles, first = (0.6,), ("choice", "yes_no")
+    singles = (0.6,)
 
     def scene(self, rng, index: int, style: str, redrawn: bool = False) -> Composed:
         """Return what `Composer.scene` returns, with the questions of `ABOUT_SCENES` alone."""
