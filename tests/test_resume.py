@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -28,8 +29,23 @@ def command(data, folder, *options):
     return [*TINY, *base, "--max_steps", str(STEPS), "--save_every", "2", *options]
 
 
-def start(data, folder, *options, ranks=None, file_size=None):
-    return Run(SCRIPT, command(data, folder, *options), folder.with_suffix(".txt"), ranks, file_size)
+# The steps behind the first checkpoint take their time, or a run ends before it is killed.
+SLOWED = """
+import sys, time
+import train_accelerate
+take_step = train_accelerate.take_step
+
+def slow(run, *arguments, **options):
+    time.sleep(0.5 if run.state.step >= 2 else 0)
+    return take_step(run, *arguments, **options)
+
+train_accelerate.take_step = slow
+train_accelerate.main(sys.argv[1:])
+"""
+
+
+def start(data, folder, *options, script=SCRIPT, ranks=None, file_size=None):
+    return Run(script, command(data, folder, *options), folder.with_suffix(".txt"), ranks, file_size)
 
 
 def train(data, folder, *options, ranks=None):
@@ -42,17 +58,16 @@ def log(folder):
 
 def wait_for(path, running):
     """Wait for a file; fail if a rank ends before it is there."""
-
-    def there():
+    while not path.exists():
         assert all(process.is_alive() for process in running.processes), running.text
-        return path.exists()
-
-    wait(there)
+        time.sleep(0.01)
 
 
 def kill_and_resume(data, folder, ranks, options):
     """Kill -9 the whole run once it has a checkpoint, then run it again."""
-    running = start(data, folder, *options, ranks=ranks)
+    script = folder.with_suffix(".py")
+    script.write_text(SLOWED)
+    running = start(data, folder, *options, script=script, ranks=ranks)
     wait_for(folder / "checkpoint-0000002" / "COMPLETE", running)
     running.kill()
     assert "continuing from" in train(data, folder, *options, ranks=ranks)
