@@ -381,7 +381,7 @@ def compare_with_transformers(folder, count=40):
         assert encoded["input_ids"].tolist() == inputs["input_ids"].tolist()
         assert np.array_equal(encoded["pixel_values"], inputs["pixel_values"])
         wanted = engine.graphs.generate(dict(inputs), 24)[0][0].tolist()
-        answer = engine.answer(messages, Decoding(24))
+        [answer] = engine.answer([encoded], Decoding(24))
         assert answer == (processor.decode(wanted, skip_special_tokens=True), len(wanted), True)
         seen.add(answer.text)
     assert len(seen) > count // 2
