@@ -33,10 +33,12 @@ from minivlm.onnx_engine.pixels import Pixels
 
 pytest.importorskip("onnxruntime")
 
-# All that an answer needs, with what these packages import themselves; Cython adds a module of no file.
+# All that an answer needs, with what these packages import themselves, Pillow defusedxml where it is installed; Cython
+# adds a module of no file.
 NEEDED = {
     "PIL",
     "cython_runtime",
+    "defusedxml",
     "flatbuffers",
     "jinja2",
     "markupsafe",
