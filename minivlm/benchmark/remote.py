@@ -1,7 +1,5 @@
 """Answer with a server that speaks OpenAI's chat completions: vLLM, llama-server, `minivlm serve` and their like."""
 
-import base64
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -9,6 +7,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from PIL import Image
+
+from minivlm.data.pictures import to_data_url
 
 TIMEOUT = 300  # seconds until a server has to say something
 DONE = "[DONE]"  # the last event of a streamed answer
@@ -77,9 +77,4 @@ def with_urls(messages: Sequence[dict], pictures: Sequence[Image.Image]) -> list
 
 def as_url(picture: Image.Image) -> dict:
     """Return a picture as a part of a turn, without loss."""
-    file = io.BytesIO()
-    picture.save(file, "png")
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"},
-    }
+    return {"type": "image_url", "image_url": {"url": to_data_url(picture)}}

@@ -181,6 +181,12 @@ def inside(root: Path, name: str) -> Path:
     raise BadRow(f"missing picture: {name[:200]!r} is neither in {root} nor in its folder images")
 
 
+def to_data_url(picture: Image.Image) -> str:
+    """Return a picture as a data URL of a PNG file, without loss."""
+    picture.save(file := io.BytesIO(), "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def from_data_url(url: str) -> bytes:
     """Return the bytes inside a base64 data URL."""
     header, _, body = url.partition(",")

@@ -1,7 +1,5 @@
 """Check the body of a chat request before transformers reads it: JSON in, JSON with nothing but known fields out."""
 
-import base64
-import io
 import json
 import math
 import re
@@ -11,7 +9,7 @@ from collections.abc import Callable, Iterable
 from PIL import Image
 
 from minivlm.data.bad_rows import BadRow
-from minivlm.data.pictures import MAX_PIXELS, decode_image, from_data_url, open_picture
+from minivlm.data.pictures import MAX_PIXELS, decode_image, from_data_url, open_picture, to_data_url
 from minivlm.json_schema import check_package, compile_schema, parse_schema
 from minivlm.server.limits import Limits, Refusal
 from minivlm.server.remote import fetch
@@ -188,13 +186,12 @@ class PictureParts:
             url = part["image_url"]["url"]
             try:
                 data = from_data_url(url) if url.startswith("data:") else fetch(url, self.hosts, self.limits.picture)
-                encoded = self.encode(data)
+                part["image_url"]["url"] = self.encode(data)
             except BadRow as error:
                 raise Refusal(f"{error}.", param="image_url") from error
-            part["image_url"]["url"] = f"data:image/png;base64,{encoded}"
 
     def encode(self, data: bytes) -> str:
-        """Return a picture as base64 of a PNG file."""
+        """Return a picture as a data URL of a PNG file."""
         if len(data) > self.limits.picture:
             message = f"A picture of {len(data):,} bytes, more than {self.limits.picture:,}. Scale it down."
             raise Refusal(message, 413, "image_url")
@@ -211,9 +208,7 @@ class PictureParts:
         if size:
             message = f"A picture of {size} pixels, more than {self.limits.pixels:,}. Scale it down."
             raise Refusal(message, 413, "image_url")
-        file = io.BytesIO()
-        self.shrink(decode_image(data)).save(file, "PNG", compress_level=1)
-        return base64.b64encode(file.getvalue()).decode()
+        return to_data_url(self.shrink(decode_image(data)))
 
 
 def grammar_of(form) -> str | None:

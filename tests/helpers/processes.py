@@ -11,8 +11,8 @@ import runpy
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -43,18 +43,6 @@ def run_script(script: str, arguments: list[str], environment: dict[str, str], o
     runpy.run_path(script, run_name="__main__")
 
 
-@contextmanager
-def inherited(**variables: str):
-    """Set environment variables that the server of the processes finds when it starts."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 class Run:
     """Hold the processes of a run, one for each rank.
 
@@ -76,7 +64,8 @@ class Run:
             if ranks:
                 environment |= together | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
             given = (str(script), list(map(str, arguments)), environment, str(output), file_size)
-            with inherited(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"):
+            # The server that forks them starts with the first one, and finds these.
+            with patch.dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"):
                 self.processes.append(CONTEXT.Process(target=run_script, args=given))
                 self.processes[-1].start()
 

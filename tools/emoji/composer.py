@@ -86,6 +86,12 @@ class Composer:
         # The test of new compositions uses things that no training scene shows or names.
         self.scene_pools = {style: [c for c in pool if c not in held_out] for style, pool in self.pools.items()}
 
+    @classmethod
+    def open(cls, seed: int) -> "Composer":
+        """Return the composer of a seed, of the embedded drawings."""
+        concepts, held_out = load_concept_table(DATA / "concepts.json")
+        return cls(Drawings.unpack(DATA / "drawings.parquet"), concepts, held_out, seed)
+
     def __len__(self) -> int:
         return PICTURES
 
@@ -169,10 +175,7 @@ class Composer:
         return rows
 
 
-def open_composer(seed: int) -> Composer:
-    """Return the composer of a seed, for `--data compose:tools.emoji.composer`."""
-    concepts, held_out = load_concept_table(DATA / "concepts.json")
-    return Composer(Drawings.unpack(DATA / "drawings.parquet"), concepts, held_out, seed)
+open_composer = Composer.open
 
 
 def main(argv=None) -> None:

@@ -4,8 +4,7 @@ With four questions about a picture (`--share_pictures 4`) a run sees more pictu
 drawings. A thing alone is asked for its name first, most scenes for the small things that were learned least.
 """
 
-from tools.emoji.composer import DATA, NEIGHBOURS, Composed, Composer
-from tools.emoji.drawings import Drawings, load_concept_table
+from tools.emoji.composer import NEIGHBOURS, Composed, Composer
 
 FOCUSED = 0.6  # share of the scenes whose first questions are those of `SMALL`
 SMALL = (*NEIGHBOURS, "count_kind")  # tasks about small things
@@ -24,7 +23,4 @@ class SceneComposer(Composer):
         return found
 
 
-def open_composer(seed: int) -> SceneComposer:
-    """Return the composer of a seed, for `--data compose:tools.emoji.scene_composer`."""
-    concepts, held_out = load_concept_table(DATA / "concepts.json")
-    return SceneComposer(Drawings.unpack(DATA / "drawings.parquet"), concepts, held_out, seed)
+open_composer = SceneComposer.open

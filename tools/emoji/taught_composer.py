@@ -66,13 +66,20 @@ class TaughtComposer(Composer):
             logits = logits.masked_fill(self.held_out, -torch.inf)
         return logits.softmax(-1).tolist()
 
+    @classmethod
+    def open(cls, seed: int) -> "TaughtComposer":
+        """Return the composer of a seed, with the classifier in `TEACHER`.
 
-def open_composer(seed: int) -> TaughtComposer:
-    """Return the composer of a seed, for `--data compose:tools.emoji.taught_composer`."""
-    if not (TEACHER / "head.pt").is_file():
-        raise ValueError(
-            f"{TEACHER} holds no classifier. Make one: python -m tools.emoji.eyes_head --output {TEACHER}, or train "
-            "without: --data compose:tools.emoji.composer."
-        )
-    concepts, held_out = load_concept_table(DATA / "concepts.json")
-    return TaughtComposer(Drawings.unpack(DATA / "drawings.parquet"), concepts, held_out, seed, load(TEACHER))
+        Raises:
+            ValueError: there is no classifier.
+        """
+        if not (TEACHER / "head.pt").is_file():
+            raise ValueError(
+                f"{TEACHER} holds no classifier. Make one: python -m tools.emoji.eyes_head --output {TEACHER}, or train "
+                "without: --data compose:tools.emoji.composer."
+            )
+        concepts, held_out = load_concept_table(DATA / "concepts.json")
+        return cls(Drawings.unpack(DATA / "drawings.parquet"), concepts, held_out, seed, load(TEACHER))
+
+
+open_composer = TaughtComposer.open
