@@ -75,8 +75,8 @@ class TaughtComposer(Composer):
         """
         if not (TEACHER / "head.pt").is_file():
             raise ValueError(
-                f"{TEACHER} holds no classifier. Make one: python -m tools.emoji.eyes_head --output {TEACHER}, or train "
-                "without: --data compose:tools.emoji.composer."
+                f"{TEACHER} holds no classifier. Make one: python -m tools.emoji.eyes_head --output {TEACHER}, or "
+                "train without: --data compose:tools.emoji.composer."
             )
         concepts, held_out = load_concept_table(DATA / "concepts.json")
         return cls(Drawings.unpack(DATA / "drawings.parquet"), concepts, held_out, seed, load(TEACHER))
